@@ -1,0 +1,124 @@
+"""The shape of the pocket model, as the Hub's config files would say it, and its export in diffusers layout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+VAE: dict[str, Any] = {
+    "_class_name": "AutoencoderKL",
+    "act_fn": "silu",
+    "block_out_channels": [32, 64, 64],
+    "down_block_types": ["DownEncoderBlock2D"] * 3,
+    "in_channels": 3,
+    "latent_channels": 4,
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "out_channels": 3,
+    "sample_size": 64,
+    "up_block_types": ["UpDecoderBlock2D"] * 3,
+}
+UNET: dict[str, Any] = {
+    "_class_name": "UNet2DConditionModel",
+    "act_fn": "silu",
+    "attention_head_dim": 4,
+    "block_out_channels": [64, 128],
+    "cross_attention_dim": 64,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 2,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "in_channels": 4,
+    "layers_per_block": 1,
+    "norm_eps": 1e-5,
+    "norm_num_groups": 16,
+    "out_channels": 4,
+    "sample_size": 16,
+    "up_block_types": ["CrossAttnUpBlock2D"] * 2,
+}
+# Stable Diffusion 1.5's own scheduler file.
+SCHEDULER: dict[str, Any] = {
+    "_class_name": "PNDMScheduler",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+}
+MODEL_INDEX: dict[str, Any] = {
+    "_class_name": "StableDiffusionPipeline",
+    "feature_extractor": [None, None],
+    "requires_safety_checker": False,
+    "safety_checker": [None, None],
+    "scheduler": ["diffusers", "PNDMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+
+def text_encoder(vocab_size: int) -> dict[str, Any]:
+    """The CLIP text encoder's config for a vocabulary whose last two tokens are BOS and EOS."""
+    return {
+        "architectures": ["CLIPTextModel"],
+        "bos_token_id": vocab_size - 2,
+        "eos_token_id": vocab_size - 1,
+        "pad_token_id": vocab_size - 1,
+        "hidden_act": "quick_gelu",
+        "hidden_size": 64,
+        "intermediate_size": 256,
+        "max_position_embeddings": 77,
+        "model_type": "clip_text_model",
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "projection_dim": 64,
+        "vocab_size": vocab_size,
+    }
+
+
+def export(
+    folder: Path,
+    vae: Mapping[str, Tensor],
+    scaling_factor: float,
+    unet: Mapping[str, Tensor],
+    text_encoder_weights: Mapping[str, Tensor],
+    vocab_size: int,
+) -> None:
+    """Write the model into `folder` in diffusers layout, weights as float16; the tokenizer is there already.
+
+    CLIP keys get the Hub's `text_model.` prefix, which transformers 5.6 dropped from its own state dict.
+    """
+    # diffusers knows no rounding here: the factor is a number of the config like any other.
+    configs = {
+        "vae": VAE | {"scaling_factor": round(scaling_factor, 5)},
+        "unet": UNET,
+        "text_encoder": text_encoder(vocab_size),
+    }
+    prefixed = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in text_encoder_weights.items()}
+    weights = {
+        "vae/diffusion_pytorch_model.safetensors": vae,
+        "unet/diffusion_pytorch_model.safetensors": unet,
+        "text_encoder/model.safetensors": prefixed,
+    }
+    for part, config in configs.items():
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        _write_json(folder / part / "config.json", config)
+    (folder / "scheduler").mkdir(exist_ok=True)
+    _write_json(folder / "scheduler/scheduler_config.json", SCHEDULER)
+    _write_json(folder / "model_index.json", MODEL_INDEX)
+    for name, tensors in weights.items():
+        half = {k: v.half().contiguous().cpu() for k, v in tensors.items()}
+        safetensors.torch.save_file(half, folder / name, {"format": "pt"})
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
