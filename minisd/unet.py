@@ -6,7 +6,7 @@ Shape letters: B batch, C channels, H height, W width of the latents, N = H * W 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,26 +168,62 @@ class Transformer2DModel(nn.Module):
         return x + hidden
 
 
-class UNetBlock(nn.Module):
-    """One level on the way down or up: residual blocks, each followed by a transformer if the level has attention."""
+def _resnets_and_attentions(
+    config: UNetConfig, in_channels: Sequence[int], out_channels: int, heads: int | None
+) -> tuple[nn.ModuleList, nn.ModuleList]:
+    """The layers of a level: residual blocks, and a transformer behind each unless heads is None."""
+    temb_channels = 4 * config.block_out_channels[0]
+    resnets = nn.ModuleList(
+        ResnetBlock2D(width, out_channels, temb_channels, config.norm_num_groups, config.norm_eps)
+        for width in in_channels
+    )
+    depth = 0 if heads is None else len(in_channels)
+    return resnets, nn.ModuleList(Transformer2DModel(config, out_channels, heads or 1) for _ in range(depth))
 
-    def __init__(self, config: UNetConfig, in_channels: list[int], out_channels: int, heads: int | None) -> None:
+
+class UNetDownBlock(nn.Module):
+    """One level on the way down: layers, then half the resolution (not at the last level)."""
+
+    def __init__(
+        self, config: UNetConfig, in_channels: Sequence[int], out_channels: int, heads: int | None, *, downsample: bool
+    ) -> None:
         super().__init__()
-        temb_channels = 4 * config.block_out_channels[0]
-        self.resnets = nn.ModuleList(
-            ResnetBlock2D(width, out_channels, temb_channels, config.norm_num_groups, config.norm_eps)
-            for width in in_channels
-        )
-        self.attentions = nn.ModuleList(
-            [] if heads is None else [Transformer2DModel(config, out_channels, heads) for _ in in_channels]
-        )
-        self.downsamplers = nn.ModuleList()
-        self.upsamplers = nn.ModuleList()
+        self.resnets, self.attentions = _resnets_and_attentions(config, in_channels, out_channels, heads)
+        self.downsamplers = nn.ModuleList([Downsample2D(out_channels, symmetric=True)] if downsample else [])
 
-    def layer(self, index: int, x: Tensor, temb: Tensor, context: Tensor) -> Tensor:
-        """Run the residual block at `index` and its transformer, if any."""
-        x = self.resnets[index](x, temb)
-        return self.attentions[index](x, context) if self.attentions else x
+    def forward(self, x: Tensor, temb: Tensor, context: Tensor) -> list[Tensor]:
+        """Return what comes out of each layer, for the way up; the last one also goes on."""
+        outputs = []
+        for index, resnet in enumerate(self.resnets):
+            x = resnet(x, temb)
+            if self.attentions:
+                x = self.attentions[index](x, context)
+            outputs.append(x)
+        for downsample in self.downsamplers:
+            outputs.append(downsample(outputs[-1]))
+        return outputs
+
+
+class UNetUpBlock(nn.Module):
+    """One level on the way up: layers that each take a skip in, then the next resolution (not at the last level)."""
+
+    def __init__(
+        self, config: UNetConfig, in_channels: Sequence[int], out_channels: int, heads: int | None, *, upsample: bool
+    ) -> None:
+        super().__init__()
+        self.resnets, self.attentions = _resnets_and_attentions(config, in_channels, out_channels, heads)
+        self.upsamplers = nn.ModuleList([Upsample2D(out_channels)] if upsample else [])
+
+    def forward(self, x: Tensor, skips: list[Tensor], temb: Tensor, context: Tensor) -> Tensor:
+        """Take as many skips off the end of the list as there are layers."""
+        for index, resnet in enumerate(self.resnets):
+            x = resnet(torch.cat([x, skips.pop()], dim=1), temb)
+            if self.attentions:
+                x = self.attentions[index](x, context)
+        for upsample in self.upsamplers:
+            # The next skip's size, not twice this one: an odd side was rounded up on the way down.
+            x = upsample(x, (skips[-1].shape[-2], skips[-1].shape[-1]))
+        return x
 
 
 class UNetMidBlock2DCrossAttn(nn.Module):
@@ -221,12 +257,9 @@ class UNet2DConditionModel(nn.Module):
         for level, width in enumerate(channels):
             heads = config.heads[level] if config.down_block_types[level] == "CrossAttnDownBlock2D" else None
             before = [skip_channels[-1]] + [width] * (config.layers_per_block - 1)
-            block = UNetBlock(config, before, width, heads)
-            skip_channels += [width] * config.layers_per_block
-            if level < levels - 1:
-                block.downsamplers.append(Downsample2D(width, symmetric=True))
-                skip_channels.append(width)
-            self.down_blocks.append(block)
+            is_last = level == levels - 1
+            self.down_blocks.append(UNetDownBlock(config, before, width, heads, downsample=not is_last))
+            skip_channels += [width] * (config.layers_per_block + (not is_last))
 
         self.mid_block = UNetMidBlock2DCrossAttn(config)
 
@@ -238,10 +271,7 @@ class UNet2DConditionModel(nn.Module):
             for _ in range(config.layers_per_block + 1):
                 before.append(hidden_channels + skip_channels.pop())
                 hidden_channels = width
-            block = UNetBlock(config, before, width, heads)
-            if level < levels - 1:
-                block.upsamplers.append(Upsample2D(width))
-            self.up_blocks.append(block)
+            self.up_blocks.append(UNetUpBlock(config, before, width, heads, upsample=level < levels - 1))
 
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[0], eps=config.norm_eps)
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
@@ -260,23 +290,10 @@ class UNet2DConditionModel(nn.Module):
         temb = timestep_embedding(timesteps, self.config.block_out_channels[0]).to(sample.dtype)
         temb = self.time_embedding(temb)
 
-        x = self.conv_in(sample)
-        skips = [x]
+        skips = [self.conv_in(sample)]
         for block in self.down_blocks:
-            for index in range(len(block.resnets)):
-                x = block.layer(index, x, temb, encoder_hidden_states)
-                skips.append(x)
-            for downsample in block.downsamplers:
-                x = downsample(x)
-                skips.append(x)
-
-        x = self.mid_block(x, temb, encoder_hidden_states)
-
+            skips += block(skips[-1], temb, encoder_hidden_states)
+        x = self.mid_block(skips[-1], temb, encoder_hidden_states)
         for block in self.up_blocks:
-            for index in range(len(block.resnets)):
-                x = torch.cat([x, skips.pop()], dim=1)
-                x = block.layer(index, x, temb, encoder_hidden_states)
-            for upsample in block.upsamplers:
-                # The next skip's size, not twice this one: an odd side was rounded up on the way down.
-                x = upsample(x, (skips[-1].shape[-2], skips[-1].shape[-1]))
+            x = block(x, skips, temb, encoder_hidden_states)
         return self.conv_out(F.silu(self.conv_norm_out(x)))

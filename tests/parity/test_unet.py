@@ -1,0 +1,154 @@
+"""The denoiser against diffusers' on the same weights: outputs and gradients.
+
+float64 tells a correct network (differences of 1e-14) from one with a wrong epsilon or GELU (1e-5), which float32 does
+not. The configs are small but not degenerate: at least 2 x 2 positions at the bottom, several channels per group.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel as ReferenceUNet
+from torch import Tensor
+
+from minisd.unet import UNet2DConditionModel, UNetConfig
+from tests.tiny import randomise
+
+CROSS = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D")
+PLAIN = ("DownBlock2D", "UpBlock2D")
+NAMES = ["sd1", "sd2", "plain-first"]
+
+
+def _reference(name: str) -> ReferenceUNet:
+    levels, options = {
+        # As SD1.x: convolutions around the transformers, one number of heads, four levels, the last without attention.
+        "sd1": (
+            [CROSS, CROSS, CROSS, PLAIN],
+            {
+                "block_out_channels": (16, 32, 48, 48),
+                "layers_per_block": 2,
+                "attention_head_dim": 4,
+                "cross_attention_dim": 24,
+                "norm_num_groups": 8,
+            },
+        ),
+        # As SD2.x: linear projections, heads by level. An epsilon of its own shows where norm_eps goes, and where not.
+        "sd2": (
+            [CROSS, CROSS, PLAIN],
+            {
+                "block_out_channels": (16, 32, 64),
+                "layers_per_block": 1,
+                "attention_head_dim": (2, 4, 8),
+                "cross_attention_dim": 40,
+                "norm_num_groups": 4,
+                "norm_eps": 1e-3,
+                "use_linear_projection": True,
+            },
+        ),
+        # Attention everywhere but at the top, channels in and out that differ, one residual block per level.
+        "plain-first": (
+            [PLAIN, CROSS, CROSS],
+            {
+                "in_channels": 5,
+                "out_channels": 3,
+                "block_out_channels": (16, 24, 48),
+                "layers_per_block": 1,
+                "attention_head_dim": (1, 3, 6),
+                "cross_attention_dim": 32,
+                "norm_num_groups": 8,
+            },
+        ),
+    }[name]
+    down, up = zip(*levels, strict=True)
+    torch.manual_seed(0)
+    reference = ReferenceUNet(down_block_types=down, up_block_types=up[::-1], **options)
+    randomise(reference)
+    return reference.requires_grad_(True)
+
+
+Pair = tuple[UNet2DConditionModel, ReferenceUNet]
+
+
+def _pair(name: str, dtype: torch.dtype) -> Pair:
+    """Ours and diffusers', with the same weights, by way of what a model folder holds: a JSON file and a state dict."""
+    reference = _reference(name).to(dtype)
+    ours = UNet2DConditionModel(UNetConfig.from_json(json.loads(reference.to_json_string()))).to(dtype)
+    ours.load_state_dict(reference.state_dict(), strict=True)
+    return ours, reference
+
+
+@pytest.fixture(scope="module")
+def double() -> Callable[[str], Pair]:
+    pairs: dict[str, Pair] = {}
+
+    def pair(name: str) -> Pair:
+        if name not in pairs:
+            pairs[name] = _pair(name, torch.float64)
+        return pairs[name]
+
+    return pair
+
+
+def _inputs(config: UNetConfig, size: tuple[int, int], tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    sample = torch.randn(2, config.in_channels, *size, generator=generator, dtype=torch.float64)
+    context = torch.randn(2, tokens, config.cross_attention_dim, generator=generator, dtype=torch.float64)
+    return sample.to(dtype), context.to(dtype)
+
+
+@pytest.mark.parametrize(
+    ("size", "tokens", "timesteps"),
+    [
+        pytest.param((16, 16), 77, [999.0, 0.37], id="16x16"),
+        pytest.param((18, 13), 154, [1, 731], id="18x13-long-prompt-int-timesteps"),
+        pytest.param((17, 22), 77, [500.5, 0.0], id="17x22"),
+        pytest.param((16, 32), 154, [0, 999], id="16x32-long-prompt-int-timesteps"),
+    ],
+)
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_forward_in_float64(
+    double: Callable[[str], Pair], name: str, size: tuple[int, int], tokens: int, timesteps: list[float]
+) -> None:
+    ours, reference = double(name)
+    sample, context = _inputs(ours.config, size, tokens, torch.float64)
+    expected = reference(sample, torch.tensor(timesteps), context).sample
+    assert expected.std() > 0.1  # a network that lets nothing through would agree with anything
+    actual = ours(sample, torch.tensor(timesteps), context)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (18, 13)], ids=lambda size: f"{size[0]}x{size[1]}")
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_forward_in_float32(name: str, size: tuple[int, int]) -> None:
+    ours, reference = _pair(name, torch.float32)
+    sample, context = _inputs(ours.config, size, 77, torch.float32)
+    timesteps = torch.tensor([999.0, 0.37])
+    expected = reference(sample, timesteps, context).sample
+    torch.testing.assert_close(ours(sample, timesteps, context), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients(double: Callable[[str], Pair], name: str) -> None:
+    ours, reference = double(name)
+    size = (18, 13)
+    sample, context = _inputs(ours.config, size, 77, torch.float64)
+    timesteps = torch.tensor([999.0, 0.37])
+    weights = torch.randn(2, ours.config.out_channels, *size, generator=torch.Generator().manual_seed(2)).double()
+
+    def gradients(network: torch.nn.Module, run: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Tensor]:
+        inputs = {"sample": sample.clone().requires_grad_(), "context": context.clone().requires_grad_()}
+        wanted = inputs | dict(network.named_parameters())
+        loss = (run(inputs["sample"], inputs["context"]) * weights).sum()
+        return dict(zip(wanted, torch.autograd.grad(loss, list(wanted.values())), strict=True))
+
+    expected = gradients(reference, lambda x, context: reference(x, timesteps, context).sample)
+    actual = gradients(ours, lambda x, context: ours(x, timesteps, context))
+    assert actual.keys() == expected.keys()
+    for key, gradient in expected.items():
+        assert gradient.abs().max() > 0, key
+        torch.testing.assert_close(actual[key], gradient, rtol=0, atol=1e-9, msg=lambda text, key=key: f"{key}: {text}")

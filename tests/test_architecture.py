@@ -1,0 +1,229 @@
+"""The shape of the code as rules: which file may import what, how long it may be, what nobody may do.
+
+A new module fails here until it has a line in the tables below. That line is the design decision: write it knowingly.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = [path for name in ("train.py", "sample.py", "prepare_data.py") if (path := ROOT / name).exists()]
+SOURCES = [*sorted((ROOT / "minisd").rglob("*.py")), *SCRIPTS]
+# Read by people too, but free to import what they compare with.
+OTHERS = [path for folder in ("tests", "bench", ".ci") for path in sorted((ROOT / folder).rglob("*.py"))]
+
+# Third-party packages a module may import, lazily or not. A line that ends in "." is for a whole folder.
+PACKAGES: dict[str, set[str]] = {
+    # The networks, the mathematics.
+    "minisd.layers": {"torch"},
+    "minisd.unet": {"torch"},
+    "minisd.vae": {"torch"},
+    "minisd.ddpm": {"torch"},
+    "minisd.samplers": {"torch"},
+    "minisd.sampler_grids": {"torch"},
+    "minisd.lora": {"torch"},
+    "minisd.lora_layers": {"torch"},
+    "minisd.draws": {"torch"},
+    "minisd.training": {"torch"},
+    "minisd.distributed": {"torch"},
+    "minisd.sampling": {"torch"},
+    # Names, configurations, failures: nothing but Python.
+    "minisd": set(),
+    "minisd.atomic": set(),
+    "minisd.caption_table": set(),
+    "minisd.errors": set(),
+    "minisd.ldm_keys": set(),
+    "minisd.lora_dialects": set(),
+    "minisd.lora_info": set(),
+    "minisd.model_config": set(),
+    "minisd.model_folder": set(),
+    # Files and the Hub.
+    "minisd.checkpoint": {"torch", "safetensors"},
+    "minisd.hub": {"huggingface_hub"},
+    "minisd.latent_cache": {"torch", "safetensors"},
+    "minisd.lora_file": {"torch", "safetensors"},
+    "minisd.lora_reader": {"torch", "safetensors"},
+    "minisd.model_files": {"torch", "safetensors"},
+    "minisd.run_state": {"torch", "safetensors"},
+    "minisd.strict_load": {"torch", "safetensors"},
+    "minisd.text": {"torch", "transformers"},
+    "minisd.weights": {"torch", "safetensors", "huggingface_hub"},
+    # Pictures and captions.
+    "minisd.data": {"torch", "tqdm", "pandas"},
+    "minisd.images": {"torch", "torchvision", "PIL", "numpy"},
+    # The command line.
+    "minisd.config": {"tyro"},
+    "train": {"torch", "tqdm"},
+    "sample": {"torch", "tqdm"},
+    "prepare_data": {"tqdm", "tyro"},
+    # Programs of their own.
+    "minisd.pocket.": {"torch", "PIL", "numpy", "tqdm", "tyro", "transformers", "safetensors"},
+    "minisd.prepare.": {"torch", "PIL", "numpy", "tqdm", "transformers", "pandas", "bing_image_downloader"},
+}
+
+# Modules of minisd that a module of the core may import: what is not here, it does not know of. The networks know
+# nothing of training, files, the command line and the Hub; the mathematics knows nothing of files.
+INNER: dict[str, set[str]] = {
+    "minisd.errors": set(),
+    "minisd.model_config": set(),
+    "minisd.ldm_keys": set(),
+    "minisd.lora_dialects": set(),
+    "minisd.layers": set(),
+    "minisd.unet": {"minisd.layers", "minisd.model_config"},
+    "minisd.vae": {"minisd.layers", "minisd.model_config"},
+    "minisd.lora_layers": {"minisd.errors"},
+    "minisd.lora": {"minisd.errors", "minisd.lora_layers"},
+    "minisd.ddpm": {"minisd.errors"},
+    "minisd.sampler_grids": {"minisd.ddpm", "minisd.errors"},
+    "minisd.samplers": {"minisd.ddpm", "minisd.errors", "minisd.sampler_grids"},
+    "minisd.draws": {"minisd.errors"},
+    "minisd.distributed": {"minisd.errors"},
+    "minisd.training": {"minisd.ddpm", "minisd.draws", "minisd.errors"},
+    "minisd.atomic": {"minisd.errors"},
+    "minisd.config": {"minisd.errors"},
+    "minisd.model_files": {"minisd.errors"},
+    "minisd.text": {"minisd.errors", "minisd.model_files"},
+}
+
+# Oracles of the tests and what they would bring along; and everything that unpickles.
+FORBIDDEN = {
+    "diffusers",
+    "peft",
+    "accelerate",
+    "pickle",
+    "_pickle",
+    "dill",
+    "cloudpickle",
+    "joblib",
+    "shelve",
+    "marshal",
+}
+UNPICKLES = {"torch.load", "torch.save", "torch.jit.load", "torch.hub.load", "pandas.read_pickle", "pd.read_pickle"}
+
+MAX_FILE_LINES = 300
+MAX_FUNCTION_LINES = 70
+LONGER = {("train", "train"): 110}  # the visible loop, meant to be read from top to bottom
+
+
+def _module(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {_module(path): path for path in SOURCES}
+EVERY_MODULE = pytest.mark.parametrize("module", list(MODULES))
+
+
+def _tree(module: str) -> ast.Module:
+    return ast.parse(MODULES[module].read_text(encoding="utf-8"))
+
+
+def _imports(tree: ast.Module) -> Iterator[str]:
+    """Every dotted name that is imported, wherever it stands: "a.b" for `import a.b` and for `from a import b`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            name = node.args[0]
+            assert isinstance(name, ast.Constant), f"line {node.lineno}: an import whose name cannot be read here"
+            yield str(name.value)
+
+
+def _third_party(tree: ast.Module) -> set[str]:
+    roots = {name.split(".")[0] for name in _imports(tree)}
+    return roots - sys.stdlib_module_names - {"minisd"}
+
+
+def _inner(tree: ast.Module) -> set[str]:
+    """Modules of minisd that are imported: `from minisd.a import f` and `from minisd import a` are both minisd.a."""
+    found = set()
+    for name in _imports(tree):
+        if name.split(".")[0] == "minisd":
+            while name not in MODULES:
+                name = name.rpartition(".")[0]
+            found.add(name)
+    return found
+
+
+def _allowed_packages(module: str) -> set[str] | None:
+    folder = ".".join(module.split(".")[:2]) + "."  # "minisd.pocket." for the folder and for each file in it
+    return PACKAGES.get(module, PACKAGES.get(folder))
+
+
+def _unpickling(tree: ast.Module) -> set[str]:
+    names = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)} | set(_imports(tree))
+    keywords = {node.arg for node in ast.walk(tree) if isinstance(node, ast.keyword)}
+    return (names & UNPICKLES) | (keywords & {"allow_pickle"})
+
+
+@EVERY_MODULE
+def test_third_party_imports_are_those_of_the_table(module: str) -> None:
+    allowed = _allowed_packages(module)
+    assert allowed is not None, f"{module} has no line in PACKAGES"
+    assert _third_party(_tree(module)) <= allowed
+
+
+@EVERY_MODULE
+def test_inner_imports_are_those_of_the_table(module: str) -> None:
+    inner = _inner(_tree(module))
+    assert inner <= INNER.get(module, inner)
+    assert not {name.split(".")[0] for name in _imports(_tree(module))} & {"train", "sample", "prepare_data", "tests"}
+
+
+def test_no_module_imports_itself_by_a_detour() -> None:
+    graph = {module: _inner(_tree(module)) - {"minisd", module} for module in MODULES}
+    list(TopologicalSorter(graph).static_order())  # raises CycleError
+
+
+@EVERY_MODULE
+def test_no_oracle_is_imported_and_nothing_is_unpickled(module: str) -> None:
+    tree = _tree(module)
+    assert not {name.split(".")[0] for name in _imports(tree)} & FORBIDDEN
+    assert not _unpickling(tree)
+
+
+@EVERY_MODULE
+def test_files_and_functions_fit_on_a_screen_or_a_few(module: str) -> None:
+    assert len(MODULES[module].read_text(encoding="utf-8").splitlines()) <= MAX_FILE_LINES
+    for node in ast.walk(_tree(module)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            lines = node.end_lineno - node.lineno + 1
+            assert lines <= LONGER.get((module, node.name), MAX_FUNCTION_LINES), f"{node.name}: {lines} lines"
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *OTHERS], ids=lambda path: str(path.relative_to(ROOT)))
+def test_sources_are_ascii_and_named_after_what_they_do(path: Path) -> None:
+    assert path.read_bytes().isascii()
+    assert path.stem not in ("utils", "util", "helpers", "misc", "common")
+
+
+def test_the_checks_see_what_they_forbid() -> None:
+    tree = ast.parse(
+        """
+import numpy as np
+from minisd import layers
+from minisd.unet import UNetConfig
+
+def late():
+    import diffusers.models
+    import importlib
+    importlib.import_module("peft")
+    torch.save({}, "x")
+    np.load("x", allow_pickle=True)
+"""
+    )
+    assert _third_party(tree) == {"numpy", "diffusers", "peft"}
+    assert _inner(tree) == {"minisd.layers", "minisd.unet"}
+    assert _unpickling(tree) == {"torch.save", "allow_pickle"}
+    assert _unpickling(ast.parse("from torch import load")) == {"torch.load"}
