@@ -1,7 +1,4 @@
-"""Files that appear whole or not at all: write beside, sync, rename, sync the folder.
-
-A rename is atomic but not durable: without the syncs a power cut can leave the new name on an empty file.
-"""
+"""A file appears whole or not at all, whatever stops the program in between."""
 
 from __future__ import annotations
 
@@ -12,24 +9,33 @@ from minisd.errors import DiskError
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Put `data` at `path`, replacing what was there, or leave everything as it was.
+    """Write a file under another name, make it durable, then give it its name, replacing an older file.
+
+    A crash at any moment leaves the old file or the new one; at worst also ".tmp-NAME-PID" beside it.
+
+    Args:
+        path: in a folder that exists. The mode is the umask's.
+        data: the whole contents.
 
     Raises:
-        DiskError: the disk is full, the folder missing or not writable; names the path.
+        DiskError: it could not be written. An older file of that name is still there, the staged one is not.
     """
-    staging = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    staged = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:
-        write_synced(staging, data)
-        staging.replace(path)
+        try:
+            write_synced(staged, data)
+            staged.replace(path)
+        except BaseException:
+            staged.unlink(missing_ok=True)
+            raise
         sync_folder(path.parent)
     except OSError as error:
-        raise DiskError(f"{path}: {error.strerror}. Free some space or choose another folder.") from error
-    finally:
-        staging.unlink(missing_ok=True)
+        free = "Free some space or choose another folder"
+        raise DiskError(f"{path}: cannot be written ({len(data)} bytes): {error.strerror}. {free}.") from error
 
 
 def write_synced(path: Path, data: bytes) -> None:
-    """Write a new file and return when it is on the disk. Raises OSError."""
+    """Write a file and return when its content is on the disk. Raises OSError."""
     with path.open("wb") as file:
         file.write(data)
         file.flush()
@@ -37,8 +43,11 @@ def write_synced(path: Path, data: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Return when the names in a folder are on the disk. Raises OSError."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    """Make the names in a folder durable: fsync of a file alone does not keep its name through a power cut.
+
+    Raises OSError.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
