@@ -1,0 +1,160 @@
+"""Caption tables, read strictly: metadata.csv and metadata.jsonl to rows of (line, file_name, caption).
+
+Python's csv and json and not pandas, which reads the captions "NA" and "007" as numbers, and shifts the columns of a
+row with a comma too many, without a word. A table may come from a stranger: its names are held inside the dataset.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from minisd.errors import DataError
+from minisd.images import open_regular
+
+COLUMNS = ("file_name", "text")
+_MAX_NAME_BYTES = 1024
+# Empty, absolute, a folder, a drive letter, a backslash, a NUL, a part "..", or half a surrogate pair (from JSON).
+_OUTSIDE = re.compile(r"\A\Z|\A/|/\Z|\A[A-Za-z]:|\\|\0|(\A|/)\.\.(/|\Z)|[\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a table: the line it starts on (from 1), the name and the caption, exactly as written."""
+
+    line: int
+    file_name: str
+    caption: str
+
+
+def read_table(path: Path) -> list[Row]:
+    """Read metadata.csv or metadata.jsonl, by its suffix. Other columns are allowed, and ignored.
+
+    Raises:
+        DataError: not UTF-8, columns missing, a row with too many or too few fields ...; names the line.
+    """
+    text = read_text(path)
+    rows = list(_csv_rows(path, text) if path.suffix == ".csv" else _jsonl_rows(path, text))
+    if not rows:
+        raise DataError(f"{str(path)!r}: expected a row for each picture, got none. Add rows {','.join(COLUMNS)}.")
+    return rows
+
+
+def read_text(path: Path) -> str:
+    """Read a text file in UTF-8, with or without a byte order mark.
+
+    Raises:
+        DataError: it cannot be opened, or is not UTF-8 text; names the line.
+    """
+    with open_regular(path) as file:
+        raw = file.read().removeprefix(codecs.BOM_UTF8)
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        at, got = error.start, f"the byte 0x{raw[error.start]:02x}, perhaps Latin-1"
+    else:
+        at, got = text.find("\0"), "a NUL character"
+        if at < 0:
+            return text
+        at = len(text[:at].encode())
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        got = "UTF-16"
+    line = len((raw[:at] + b".").splitlines())
+    raise DataError(f"{str(path)!r}, line {line}: expected text in UTF-8, got {got}. Save it as UTF-8.")
+
+
+def _csv_rows(path: Path, text: str) -> Iterator[Row]:
+    """Rows of a CSV file; blank lines are skipped."""
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    header: list[str] = []
+    next_line = 1
+    try:
+        for fields in reader:
+            line, next_line = next_line, reader.line_num + 1  # a quoted caption may go over several lines
+            where = f"{str(path)!r}, line {line}"
+            if not fields:
+                continue
+            if not header:
+                header = _checked_header(where, fields)
+                continue
+            if len(fields) != len(header):
+                raise DataError(
+                    f"{where}: expected {len(header)} fields ({','.join(header)}), got {len(fields)}. Put a caption "
+                    'with commas in double quotes: "a, b".'
+                )
+            record = dict(zip(header, fields, strict=True))
+            yield Row(line, record["file_name"], record["text"])
+    except csv.Error as error:
+        raise DataError(
+            f"{str(path)!r}, line {next_line}: not CSV: {error}. Close the quotes; double a quote inside quotes."
+        ) from error
+    if not header:
+        raise DataError(f"{str(path)!r}: expected a first line {','.join(COLUMNS)}, got an empty file. Write it anew.")
+
+
+def _checked_header(where: str, header: list[str]) -> list[str]:
+    """The column names, if each is there once and ours are among them."""
+    if len(set(header)) == len(header) and set(COLUMNS) <= set(header):
+        return header
+    fix = "Rename the columns, each once."
+    if len(header) == 1 and (";" in header[0] or "\t" in header[0]):
+        fix = "Separate the columns with commas."
+    raise DataError(f"{where}: expected the columns {','.join(COLUMNS)}, got {','.join(header)!r}. {fix}")
+
+
+def _jsonl_rows(path: Path, text: str) -> Iterator[Row]:
+    """Rows of a file with one JSON object a line; blank lines are skipped."""
+    for line, source in enumerate(text.split("\n"), start=1):
+        if not source.strip():
+            continue
+        where = f"{str(path)!r}, line {line}"
+        wanted = 'expected {"file_name": "a.png", "text": "a caption"}'
+        try:
+            record = json.loads(source)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where}: not JSON: {error}; {wanted}, one a line.") from error
+        values = [record.get(column) if isinstance(record, dict) else None for column in COLUMNS]
+        file_name, caption = values
+        if not isinstance(file_name, str) or not isinstance(caption, str):
+            raise DataError(f"{where}: {wanted}, both text, got {source.strip()[:80]!r}. Correct the line.")
+        # JSON can spell what UTF-8 text cannot hold, and no tokenizer takes.
+        if "\0" in caption or any("\ud800" <= character <= "\udfff" for character in caption):
+            raise DataError(f"{where}: the caption has a NUL or half a surrogate pair: {caption[:80]!r}. Correct it.")
+        yield Row(line, file_name, caption)
+
+
+def resolve_inside(root: Path, folder: Path, name: str, where: str) -> Path:
+    """Resolve a file name found in a dataset.
+
+    Args:
+        root: the dataset, resolved; the file must lie in it after all links have been followed.
+        folder: what the name is relative to.
+        name: the name, with forward slashes.
+        where: begins the message of a refusal: the table and the line.
+
+    Returns:
+        The path of a regular file, without links.
+
+    Raises:
+        DataError: the name leads outside, or to nothing, or to something else than a file.
+    """
+    if _OUTSIDE.search(name) or len(name.encode()) > _MAX_NAME_BYTES:
+        raise DataError(
+            f"{where}: {name[:80]!r} is outside the dataset: expected a path below {str(folder)!r} such as a.png or "
+            "sub/a.png. Correct the name."
+        )
+    try:
+        path = (folder / name).resolve(strict=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: links that go round
+        raise DataError(f"{where}: {name!r}: no such file. Correct the name, or take it out.") from error
+    if not path.is_relative_to(root):
+        raise DataError(f"{where}: {name!r} is outside the dataset: a link leads there. Copy the files in (cp -rL).")
+    if not path.is_file():
+        raise DataError(f"{where}: {name!r} is a folder, a pipe or a device, expected a file. Take it out.")
+    return path
