@@ -13,6 +13,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 from PIL import Image
@@ -21,6 +22,8 @@ from tqdm import tqdm
 from minisd.pocket import scenes
 
 PROMPT = "8bit illustration of city view"
+PICTURES = 100
+SEED = 8  # of the series of scenes that the dataset is drawn from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,26 +34,42 @@ class DemoConfig:
     """Folder of everything the demo writes; what an earlier demo wrote there is replaced."""
     steps: int = 400
     """Training steps."""
-    pictures: int = 100
-    """Pictures to train on."""
 
 
-def write_dataset(folder: Path, count: int, seed: int = 8) -> None:
-    """Draw `count` eight-bit pictures with captions into `folder`, in the layout of a Hugging Face imagefolder."""
+def write_dataset(folder: Path) -> None:
+    """Draw a hundred eight-bit pictures with captions into `folder`, in the layout of a Hugging Face imagefolder."""
     (folder / "train").mkdir(parents=True)
     with (folder / "train" / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["file_name", "text"])
-        for index in tqdm(range(count), desc="draw", unit="picture"):
-            scene = scenes.scene_at(index, seed)
+        for index in tqdm(range(PICTURES), desc="draw", unit="picture"):
+            scene = scenes.scene_at(index, SEED)
             scenes.draw(scene, "8bit").save(folder / "train" / f"{index:03d}.png")
             writer.writerow([f"{index:03d}.png", f"8bit {scenes.caption(scene)}"])
+
+
+def training_options(steps: int) -> dict[str, Any]:
+    """The demo's options of train.py, but for the folders."""
+    return {
+        "model": "pocket",
+        "max_train_steps": steps,
+        "train_batch_size": 8,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 2e-3,
+        "lr_warmup_steps": 20,
+        "center_crop": True,
+    }
 
 
 def run(*words: str) -> None:
     """Run a Python script as the user would, after printing the command."""
     print("+ python", shlex.join(words), flush=True)
     subprocess.run([sys.executable, *words], check=True)
+
+
+def _words(name: str, value: Any) -> list[str]:
+    option = f"--{name.replace('_', '-')}"
+    return [option] if value is True else [option, str(value)]
 
 
 def main() -> None:
@@ -60,10 +79,9 @@ def main() -> None:
         shutil.rmtree(config.output / part, ignore_errors=True)
     data, lora, before, after = (str(config.output / part) for part in ("dataset", "lora", "before", "after"))
 
-    write_dataset(Path(data), config.pictures)
-    run("train.py", "--model", "pocket", "--data", data, "--output", lora, "--max-train-steps", str(config.steps),
-        "--train-batch-size", "8", "--gradient-accumulation-steps", "1", "--learning-rate", "2e-3",
-        "--lr-warmup-steps", "20", "--center-crop")  # fmt: skip
+    write_dataset(Path(data))
+    options = [word for name, value in training_options(config.steps).items() for word in _words(name, value)]
+    run("train.py", "--data", data, "--output", lora, *options)
     draw = ("sample.py", "--model", "pocket", "--prompt", PROMPT, "--num-images", "3")
     run(*draw, "--lora", "none", "--output", before)
     run(*draw, "--lora", f"{lora}/lora.safetensors", "--output", after)

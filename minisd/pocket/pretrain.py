@@ -7,11 +7,11 @@ is random about a step is a function of (seed, step), so the only state is weigh
 
 from __future__ import annotations
 
-import os
 import random
 import string
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import safetensors.torch
@@ -25,7 +25,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from minisd.ddpm import NoiseSchedule, NoiseScheduleConfig
 from minisd.pocket import architecture, scenes, vocabulary
-from minisd.training import lr_at
+from minisd.training import Precision, lr_at
 from minisd.unet import UNet2DConditionModel, UNetConfig
 from minisd.vae import AutoencoderKL, AutoencoderKLConfig, DiagonalGaussian
 
@@ -48,6 +48,8 @@ class PretrainConfig:
     """Write the training state, and the model as it is, every this many updates."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Device to train on."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """dtype of the UNet's and the text encoder's matrix products; weights and their average are float32."""
     seed: int = 0
     """Everything random follows from it."""
 
@@ -67,7 +69,9 @@ class State:
         self.path = path
         self.parameters = {f"{name}.{k}": p for name, m in modules.items() for k, p in m.named_parameters()}
         self.average = {k: p.detach().clone() for k, p in self.parameters.items()}
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01
+        )
         self.step = 0
         if path.exists():
             self._load()
@@ -95,7 +99,7 @@ class State:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         staged = self.path.with_suffix(".tmp")
         safetensors.torch.save_file(tensors, staged, {"step": str(self.step)})
-        os.replace(staged, self.path)
+        staged.replace(self.path)
 
     def _load(self) -> None:
         with safe_open(self.path, framework="pt") as file:
@@ -130,7 +134,7 @@ def train_vae(config: PretrainConfig, pictures: Tensor) -> State:
     """Train the autoencoder on pictures [N, 3, 64, 64] uint8; returns its state with the averaged weights."""
     torch.manual_seed(config.seed)
     vae = AutoencoderKL(AutoencoderKLConfig.from_json(architecture.VAE))
-    vae = vae.to(config.device, memory_format=torch.channels_last)
+    vae = vae.to(config.device).to(memory_format=torch.channels_last)
     state = State(config.work_dir / "vae.safetensors", {"vae": vae}, 1e-3)
     bar = tqdm(range(state.step, config.vae_steps), "VAE", initial=state.step, total=config.vae_steps, unit="step")
     for step in bar:
@@ -190,7 +194,7 @@ def train_unet(config: PretrainConfig, vae_state: State, pictures: Tensor) -> No
     tokenizer = CLIPTokenizer.from_pretrained(config.output / "tokenizer")
     text_encoder = CLIPTextModel(CLIPTextConfig(**architecture.text_encoder(len(tokenizer)))).to(config.device)
     unet = UNet2DConditionModel(UNetConfig.from_json(architecture.UNET))
-    unet = unet.to(config.device, memory_format=torch.channels_last)
+    unet = unet.to(config.device).to(memory_format=torch.channels_last)
     schedule = NoiseSchedule(NoiseScheduleConfig.from_json(architecture.SCHEDULER))
     snr = schedule.snr(torch.arange(1000))
     weights = snr.clamp(max=5) / snr
@@ -208,19 +212,29 @@ def train_unet(config: PretrainConfig, vae_state: State, pictures: Tensor) -> No
         timesteps = torch.randint(1000, (64,), generator=generator)
         latents = DiagonalGaussian(posterior.mean[index], posterior.logvar[index]).sample(draws[0]) * scaling_factor
         noisy_latents = schedule.add_noise(latents, draws[1], timesteps)
-        input_ids = tokenizer(captions, padding="max_length", max_length=vocabulary.MAX_LENGTH, return_tensors="pt").input_ids
+        input_ids = tokenizer(
+            captions, padding="max_length", max_length=vocabulary.MAX_LENGTH, return_tensors="pt"
+        ).input_ids
 
-        encoder_hidden_states = text_encoder(input_ids.to(config.device)).last_hidden_state
-        sample = noisy_latents.to(config.device, memory_format=torch.channels_last)
-        model_pred = unet(sample, timesteps.to(config.device), encoder_hidden_states)
-        error = F.mse_loss(model_pred, draws[1].to(config.device), reduction="none").mean((1, 2, 3))
+        with Precision(config.mixed_precision, torch.device(config.device).type).autocast():
+            encoder_hidden_states = text_encoder(input_ids.to(config.device)).last_hidden_state
+            sample = noisy_latents.to(config.device, memory_format=torch.channels_last)
+            model_pred = unet(sample, timesteps.to(config.device), encoder_hidden_states)
+        error = F.mse_loss(model_pred.float(), draws[1].to(config.device), reduction="none").mean((1, 2, 3))
         loss = (error * weights[timesteps].to(config.device)).mean()
         lr = lr_at(step, learning_rate=1e-3, warmup_steps=100, max_train_steps=config.unet_steps, scheduler="cosine")
         state.update(loss, lr)
         bar.set_postfix(loss=f"{loss.item():.4f}")
         if state.step % config.save_steps == 0 or state.step == config.unet_steps:
             state.save()
-            architecture.export(config.output, vae_state.averaged("vae"), scaling_factor, state.averaged("unet"), state.averaged("text_encoder"), len(tokenizer))
+            architecture.export(
+                config.output,
+                vae_state.averaged("vae"),
+                scaling_factor,
+                state.averaged("unet"),
+                state.averaged("text_encoder"),
+                len(tokenizer),
+            )
 
 
 def main() -> None:

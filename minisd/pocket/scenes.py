@@ -39,8 +39,8 @@ from minisd.pocket.subjects import (
 )
 
 __all__ = [
-    "COLOURS", "STYLES", "SUBJECTS", "TIMES", "Scene", "blockiness", "caption", "draw", "scene_at", "subject_colour",
-    "time_of_day",
+    "COLOURS", "SIZE", "STYLES", "SUBJECTS", "TIMES", "Scene", "blockiness", "caption", "draw", "scene_at",
+    "subject_colour", "time_of_day",
 ]  # fmt: skip
 
 RGB = tuple[int, int, int]

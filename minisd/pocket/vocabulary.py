@@ -13,7 +13,9 @@ from pathlib import Path
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 MAX_LENGTH = 77
 # Beyond the words of the drawn world: what users may reasonably write in front of or between them.
-COMMON_WORDS = "a an the of and with in on at by style pixel art bit picture drawing painting photo view old new big small"
+COMMON_WORDS = (
+    "a an the of and with in on at by style pixel art bit picture drawing painting photo view old new big small"
+)
 
 
 def byte_alphabet() -> list[str]:
