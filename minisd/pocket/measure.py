@@ -35,7 +35,7 @@ class Figures:
         colour: share whose subject has the colour named.
         time: share whose sky shows the time of day named.
         both: share with both.
-        blockiness: mean share of the variance that constant 4 x 4 blocks explain.
+        blockiness: mean share of the edges that lie on the borders of aligned 4 x 4 blocks.
         images: the pictures, in order.
     """
 

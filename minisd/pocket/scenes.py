@@ -236,10 +236,14 @@ def subject_colour(image: Image.Image) -> str:
 
 
 def blockiness(image: Image.Image) -> float:
-    """Share of the pixel variance that constant, aligned 4x4 blocks explain: 1.0 for true eight-bit pictures."""
+    """Share of the edges that lie on the borders of aligned 4x4 blocks: 1.0 in true eight-bit pictures.
+
+    An edge counts with the squared difference of the two pixels. Where they fall anywhere, as in plain pictures, the
+    share is about a quarter. (The variance that constant blocks explain says less: 0.8 for a plain picture, and 0.9 for
+    the same one blurred.)
+    """
     pixels = np.asarray(image.convert("RGB"), float)
-    n = SIZE // CELL
-    blocks = pixels.reshape(n, CELL, n, CELL, 3)
-    residual = (blocks - blocks.mean((1, 3), keepdims=True)).reshape(SIZE, SIZE, 3)
-    total = pixels.var((0, 1))
-    return float(np.mean(1 - residual.var((0, 1)) / np.maximum(total, 1e-9)))
+    across = (np.diff(pixels, axis=1) ** 2).sum((0, 2))
+    down = (np.diff(pixels, axis=0) ** 2).sum((1, 2))
+    edges = across + down  # between pixel i and pixel i + 1
+    return float(edges[CELL - 1 :: CELL].sum() / max(edges.sum(), 1e-9))

@@ -69,7 +69,7 @@ def test_the_lora_changes_the_style_and_keeps_the_content(trained):
     model.unet.eval()
     after = figures_of(draw_scenes(model, shown, "8bit "), shown)
     real = figures_of([scenes.draw(scene, "8bit") for scene in shown], shown)
-    assert before.blockiness < 0.88 * real.blockiness
+    assert before.blockiness < 0.6 * real.blockiness
     assert after.blockiness >= 0.9 * real.blockiness
     assert min(after.colour, after.time) >= 0.8
     assert info.base_model == "pocket"

@@ -240,11 +240,16 @@ def test_linear_and_conv_projections(model: TinyModel, tmp_path: Path) -> None:
 
 
 def test_no_other_reshape(folder: Path) -> None:
-    change_weights(
-        folder, "unet", lambda s: s | {"time_embedding.linear_1.weight": s["time_embedding.linear_1.weight"].T}
-    )
+    def flatten(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        shortcut = next(key for key in state if key.endswith("conv_shortcut.weight"))
+        embedding = state["time_embedding.linear_1.weight"]
+        return state | {shortcut: state[shortcut][:, :, 0, 0], "time_embedding.linear_1.weight": embedding.T}
+
+    change_weights(folder, "unet", flatten)
     message = refusal(lambda: load_unet(folder))
-    assert "1 of another shape: time_embedding.linear_1.weight (expected [128, 32], got [32, 128])" in message
+    assert "2 of another shape: " in message
+    assert "time_embedding.linear_1.weight (expected [128, 32], got [32, 128])" in message
+    assert "conv_shortcut.weight (expected [64, 32, 1, 1], got [64, 32])" in message
 
 
 def without_last_layers(state: dict[str, Tensor]) -> dict[str, Tensor]:
