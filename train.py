@@ -79,7 +79,12 @@ def train(config: TrainConfig, dist: Distributed) -> Path:
     )
     unet, vae, schedule = model.unet.train(), model.vae, model.schedule.to(dist.device)
     targets, alpha = TARGETS[config.lora_targets], config.scale_alpha
-    adapted = inject_lora(unet, targets, rank=config.rank, alpha=alpha, dropout=config.lora_dropout, seed=config.seed)
+    try:
+        adapted = inject_lora(
+            unet, targets, rank=config.rank, alpha=alpha, dropout=config.lora_dropout, seed=config.seed
+        )
+    except ValueError as error:
+        raise UsageError(f"--rank {config.rank}, --lora-targets {config.lora_targets}: {error}.") from error
     parameters = [parameter for _, parameter in lora_parameters(unet)]  # a list: AdamW would use an iterator up
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     scaler = precision.scaler()

@@ -31,7 +31,7 @@ def test_command(words):
         parse_args(SampleConfig, arguments)
     elif words[0] == "make":
         targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M)
-        assert set(word for word in words[1:] if "=" not in word) <= set(targets)
+        assert {word for word in words[1:] if "=" not in word} <= set(targets)
     elif "-m" in words:
         module = words[words.index("-m") + 1]
         assert (ROOT / (module.replace(".", "/") + ".py")).exists()

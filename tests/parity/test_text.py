@@ -73,13 +73,11 @@ def test_both_key_layouts(folder: Path) -> None:
         assert torch.equal(load_text_encoder(folder)(PROMPTS), expected)
 
 
-def test_keys_of_networks_with_and_without_the_prefix() -> None:
-    flat, nested = torch.nn.Module(), torch.nn.Module()
-    nested.text_model = torch.nn.Module()
+def test_keys() -> None:
     for key in ("final_layer_norm.bias", "text_model.final_layer_norm.bias"):
-        assert clip_key(key, flat) == "final_layer_norm.bias"
-        assert clip_key(key, nested) == "text_model.final_layer_norm.bias"
-    assert clip_key("text_projection.weight", flat) == "text_projection.weight"
+        assert clip_key(key) == "final_layer_norm.bias"
+    assert clip_key("text_projection.weight") == "text_projection.weight"
+    assert clip_key("vision_model.post_layernorm.bias") is clip_key("visual_projection.weight") is None
 
 
 @pytest.mark.parametrize(

@@ -216,6 +216,7 @@ def test_scale_zero_is_exactly_the_base() -> None:
     before = run(unet)
     add_lora(unet, random_weights(unet, 1, rank=3, alpha=5.0), name="one", lora_scale=0)
     assert torch.equal(run(unet), before)
+    assert not any(layer.active for layer in unet.modules() if isinstance(layer, LoRALinear))  # nor does it cost time
     base = {path: layer.weight.clone() for path, layer in linear_layers(unet).items()}
     merge_lora(unet)
     assert all(torch.equal(layer.weight, base[path]) for path, layer in linear_layers(unet).items())
