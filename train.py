@@ -16,6 +16,7 @@ CONFIG = parse_args(TrainConfig) if __name__ == "__main__" else None  # before t
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -276,4 +277,5 @@ def main(config: TrainConfig) -> None:
 
 if __name__ == "__main__":
     assert CONFIG is not None
-    sys.exit(run_script(partial(main, CONFIG), debug=CONFIG.debug))
+    rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
+    sys.exit(run_script(partial(main, CONFIG), debug=CONFIG.debug, prefix=rank))

@@ -25,7 +25,6 @@ _SIZES = {
     "num_attention_heads": 256,
     "max_position_embeddings": 4_096,
 }
-_PREFIX = "text_model."
 
 
 class TextEncoder:
@@ -114,22 +113,22 @@ def clip_on_meta(raw: Mapping[str, Any]) -> nn.Module:
     with torch.device("meta"):
         network: nn.Module = CLIPTextModel(config)
     for module in network.modules():
-        if "position_ids" in module._buffers:  # not in the checkpoint, so nothing would fill it
+        if isinstance(getattr(module, "position_ids", None), Tensor):  # not in the checkpoint, so nothing would fill it
             module.position_ids = torch.arange(config.max_position_embeddings).unsqueeze(0)
     return network
 
 
-def clip_key(key: str, network: nn.Module) -> str | None:
+def clip_key(key: str) -> str | None:
     """Give a checkpoint's key the name that the network has for it, or None for what no text network uses.
 
-    Files on the Hub have the prefix "text_model.", those of transformers 5.6 and later do not; nor does its network.
+    Files on the Hub have the prefix "text_model."; transformers has dropped it from its network, and writes none, since
+    5.6.
     """
-    key = key.removeprefix(_PREFIX)
     if key.endswith("embeddings.position_ids") or key == "logit_scale":  # a constant in older files; the loss's
         return None
     if key.startswith(("vision_model.", "visual_projection.")):
         return None
-    return _PREFIX + key if hasattr(network, "text_model") else key
+    return key.removeprefix("text_model.")
 
 
 def load_tokenizer(folder: Path) -> Any:

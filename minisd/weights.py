@@ -113,7 +113,7 @@ def load_text_encoder(
     path = folder / "text_encoder" / "config.json"
     with _blaming(path):
         network = clip_on_meta(read_json(path))
-    fill(network, weight_files(folder, "text_encoder", variant), lambda key: clip_key(key, network), dtype, device)
+    fill(network, weight_files(folder, "text_encoder", variant), clip_key, dtype, device)
     tokenizer = load_tokenizer(folder / "tokenizer")
     text_encoder = TextEncoder(network, tokenizer)
     if len(tokenizer) > text_encoder.vocabulary_size:

@@ -34,7 +34,7 @@ def test_command(words):
         assert {word for word in words[1:] if "=" not in word} <= set(targets)
     elif "-m" in words:
         module = words[words.index("-m") + 1]
-        assert (ROOT / (module.replace(".", "/") + ".py")).exists()
+        assert module == "pytest" or (ROOT / (module.replace(".", "/") + ".py")).exists()
     else:
         pytest.fail(f"no test knows how to check: {shlex.join(words)}")
 
