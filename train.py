@@ -79,13 +79,7 @@ def train(config: TrainConfig, dist: Distributed) -> Path:
         config.model, revision=config.revision, variant=config.variant, dtype=precision.dtype, device=dist.device
     )
     unet, vae, schedule = model.unet.train(), model.vae, model.schedule.to(dist.device)
-    targets, alpha = TARGETS[config.lora_targets], config.scale_alpha
-    try:
-        adapted = inject_lora(
-            unet, targets, rank=config.rank, alpha=alpha, dropout=config.lora_dropout, seed=config.seed
-        )
-    except ValueError as error:
-        raise UsageError(f"--rank {config.rank}, --lora-targets {config.lora_targets}: {error}.") from error
+    adapted = add_adapter(config, unet)
     parameters = [parameter for _, parameter in lora_parameters(unet)]  # a list: AdamW would use an iterator up
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     scaler = precision.scaler()
@@ -166,6 +160,21 @@ def train(config: TrainConfig, dist: Distributed) -> Path:
         log.info("wrote %s", path)
     wait_for_all(dist)
     return path
+
+
+def add_adapter(config: TrainConfig, unet: nn.Module) -> list[str]:
+    """Put the new adapter into the UNet; returns the paths of its layers. Raises UsageError for an impossible rank."""
+    try:
+        return inject_lora(
+            unet,
+            TARGETS[config.lora_targets],
+            rank=config.rank,
+            alpha=config.scale_alpha,
+            dropout=config.lora_dropout,
+            seed=config.seed,
+        )
+    except ValueError as error:
+        raise UsageError(f"--rank {config.rank}, --lora-targets {config.lora_targets}: {error}.") from error
 
 
 def resolution_of(config: TrainConfig, model: StableDiffusion) -> int:

@@ -61,7 +61,7 @@ PACKAGES: dict[str, set[str]] = {
     # The command line.
     "minisd.config": {"tyro"},
     "train": {"torch", "tqdm"},
-    "sample": {"torch", "tqdm"},
+    "sample": {"torch", "tqdm", "PIL"},
     "prepare_data": {"tqdm", "tyro"},
     # Programs of their own.
     "minisd.pocket.": {"torch", "PIL", "numpy", "tqdm", "tyro", "transformers", "safetensors"},

@@ -10,6 +10,8 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
+from minisd.atomic import write_atomically
+
 VAE: dict[str, Any] = {
     "_class_name": "AutoencoderKL",
     "act_fn": "silu",
@@ -86,38 +88,32 @@ def text_encoder(vocab_size: int) -> dict[str, Any]:
 
 
 def export(
-    folder: Path,
-    vae: Mapping[str, Tensor],
-    scaling_factor: float,
-    unet: Mapping[str, Tensor],
-    text_encoder_weights: Mapping[str, Tensor],
-    vocab_size: int,
+    folder: Path, state_dicts: Mapping[str, Mapping[str, Tensor]], scaling_factor: float, vocab_size: int
 ) -> None:
     """Write the model into `folder` in diffusers layout, weights as float16; the tokenizer is there already.
 
-    CLIP keys get the Hub's `text_model.` prefix, which transformers 5.6 dropped from its own state dict.
+    Args:
+        folder: of the model.
+        state_dicts: of "vae", "unet" and "text_encoder".
+        scaling_factor: what the VAE's latents are multiplied by.
+        vocab_size: tokens in the tokenizer.
     """
-    # diffusers knows no rounding here: the factor is a number of the config like any other.
     configs = {
-        "vae": VAE | {"scaling_factor": round(scaling_factor, 5)},
+        "vae": VAE | {"scaling_factor": scaling_factor},
         "unet": UNET,
         "text_encoder": text_encoder(vocab_size),
-    }
-    prefixed = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in text_encoder_weights.items()}
-    weights = {
-        "vae/diffusion_pytorch_model.safetensors": vae,
-        "unet/diffusion_pytorch_model.safetensors": unet,
-        "text_encoder/model.safetensors": prefixed,
     }
     for part, config in configs.items():
         (folder / part).mkdir(parents=True, exist_ok=True)
         _write_json(folder / part / "config.json", config)
+        stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
+        # CLIP's keys have the Hub's prefix, which transformers dropped from its own state dict in version 5.6.
+        prefix = "text_model." if part == "text_encoder" else ""
+        half = {prefix + key: value.half().contiguous().cpu() for key, value in state_dicts[part].items()}
+        write_atomically(folder / part / f"{stem}.safetensors", safetensors.torch.save(half, {"format": "pt"}))
     (folder / "scheduler").mkdir(exist_ok=True)
-    _write_json(folder / "scheduler/scheduler_config.json", SCHEDULER)
+    _write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
     _write_json(folder / "model_index.json", MODEL_INDEX)
-    for name, tensors in weights.items():
-        half = {k: v.half().contiguous().cpu() for k, v in tensors.items()}
-        safetensors.torch.save_file(half, folder / name, {"format": "pt"})
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -38,14 +38,16 @@ class PretrainConfig:
     """Folder the model is written to, in diffusers layout, float16."""
     work_dir: Path = Path(".cache/pocket")
     """Folder of the training state; a run goes on from what it finds there."""
-    vae_steps: int = 2400
+    vae_steps: int = 2200
     """Updates of the VAE, 16 pictures each."""
-    unet_steps: int = 4000
+    decoder_steps: int = 1000
+    """Further updates of the VAE's decoder alone."""
+    unet_steps: int = 3000
     """Updates of the UNet and the text encoder, 64 pictures each."""
     scenes: int = 20_000
     """Drawn scenes to learn from; the VAE sees an eight-bit picture for every three plain ones."""
     save_steps: int = 200
-    """Write the training state, and the model as it is, every this many updates."""
+    """Write the training state every this many updates; the model is written at the end."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Device to train on."""
     mixed_precision: Literal["no", "bf16"] = "no"
@@ -118,7 +120,7 @@ class State:
 
 def generator_at(config: PretrainConfig, stage: int, step: int) -> torch.Generator:
     """The source of everything random in one update."""
-    return torch.Generator().manual_seed((config.seed * 2 + stage) * 1_000_000_007 + step)
+    return torch.Generator().manual_seed((config.seed * 3 + stage) * 1_000_000_007 + step)
 
 
 def vae_loss(vae: AutoencoderKL, pixel_values: Tensor, noise: Tensor) -> Tensor:
@@ -130,25 +132,48 @@ def vae_loss(vae: AutoencoderKL, pixel_values: Tensor, noise: Tensor) -> Tensor:
     return error.abs().mean() + 0.5 * edges + 1e-4 * kl
 
 
-def train_vae(config: PretrainConfig, pictures: Tensor) -> State:
-    """Train the autoencoder on pictures [N, 3, 64, 64] uint8; returns its state with the averaged weights."""
-    torch.manual_seed(config.seed)
-    vae = AutoencoderKL(AutoencoderKLConfig.from_json(architecture.VAE))
-    vae = vae.to(config.device).to(memory_format=torch.channels_last)
-    state = State(config.work_dir / "vae.safetensors", {"vae": vae}, 1e-3)
-    bar = tqdm(range(state.step, config.vae_steps), "VAE", initial=state.step, total=config.vae_steps, unit="step")
+def fit_vae(
+    config: PretrainConfig,
+    state: State,
+    vae: AutoencoderKL,
+    pictures: Tensor,
+    stage: int,
+    steps: int,
+    highest_lr: float,
+) -> None:
+    """Train what `state` holds of the autoencoder on pictures [N, 3, 64, 64] uint8, up to `steps` updates."""
+    name = state.path.stem
+    bar = tqdm(range(state.step, steps), name, initial=state.step, total=steps, unit="step")
     for step in bar:
-        generator = generator_at(config, 0, step)
+        generator = generator_at(config, stage, step)
         batch = pictures[torch.randint(len(pictures), (16,), generator=generator)]
         pixel_values = batch.to(config.device).float() / 127.5 - 1
         noise = torch.randn((16, 4, 16, 16), generator=generator).to(config.device)
         loss = vae_loss(vae, pixel_values.contiguous(memory_format=torch.channels_last), noise)
-        lr = lr_at(step, learning_rate=1e-3, warmup_steps=50, max_train_steps=config.vae_steps, scheduler="cosine")
+        lr = lr_at(step, learning_rate=highest_lr, warmup_steps=50, max_train_steps=steps, scheduler="cosine")
         state.update(loss, lr)
         bar.set_postfix(loss=f"{loss.item():.4f}")
-        if state.step % config.save_steps == 0 or state.step == config.vae_steps:
+        if state.step % config.save_steps == 0 or state.step == steps:
             state.save()
-    return state
+
+
+def train_vae(config: PretrainConfig, pictures: Tensor) -> AutoencoderKL:
+    """Train the autoencoder, then its decoder alone: that sharpens pictures and leaves the latents as they are."""
+    torch.manual_seed(config.seed)
+    vae = AutoencoderKL(AutoencoderKLConfig.from_json(architecture.VAE))
+    vae = vae.to(config.device).to(memory_format=torch.channels_last)
+    whole = State(config.work_dir / "vae.safetensors", {"vae": vae}, 1e-3)
+    fit_vae(config, whole, vae, pictures, 0, config.vae_steps, 1e-3)
+    vae.load_state_dict(whole.averaged("vae"))
+
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
+    parts: dict[str, nn.Module] = {"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}
+    half = State(config.work_dir / "decoder.safetensors", parts, 5e-4)
+    fit_vae(config, half, vae, pictures, 2, config.decoder_steps, 5e-4)
+    for name, part in parts.items():
+        part.load_state_dict(half.averaged(name))
+    return vae.requires_grad_(False)
 
 
 @torch.no_grad()
@@ -183,12 +208,10 @@ def caption_of(scene: scenes.Scene, rng: random.Random) -> str:
     return text
 
 
-def train_unet(config: PretrainConfig, vae_state: State, pictures: Tensor) -> None:
+def train_unet(config: PretrainConfig, vae: AutoencoderKL, pictures: Tensor) -> None:
     """Train the UNet and the text encoder on the latents of plain pictures, with min-SNR weights (arXiv:2303.09556)."""
-    vae = AutoencoderKL(AutoencoderKLConfig.from_json(architecture.VAE)).to(config.device)
-    vae.load_state_dict(vae_state.averaged("vae"))
     posterior = encode_pictures(config, vae, pictures)
-    scaling_factor = 1 / posterior.mean.std().item()
+    scaling_factor = round(1 / posterior.mean.std().item(), 5)
 
     torch.manual_seed(config.seed)
     tokenizer = CLIPTokenizer.from_pretrained(config.output / "tokenizer")
@@ -227,14 +250,8 @@ def train_unet(config: PretrainConfig, vae_state: State, pictures: Tensor) -> No
         bar.set_postfix(loss=f"{loss.item():.4f}")
         if state.step % config.save_steps == 0 or state.step == config.unet_steps:
             state.save()
-            architecture.export(
-                config.output,
-                vae_state.averaged("vae"),
-                scaling_factor,
-                state.averaged("unet"),
-                state.averaged("text_encoder"),
-                len(tokenizer),
-            )
+    trained = {name: state.averaged(name) for name in ("unet", "text_encoder")} | {"vae": dict(vae.state_dict())}
+    architecture.export(config.output, trained, scaling_factor, len(tokenizer))
 
 
 def main() -> None:
@@ -245,8 +262,8 @@ def main() -> None:
     vocabulary.write_tokenizer(config.output / "tokenizer", words)
     plain = draw_pictures(config.scenes, config.seed, "plain")
     eight_bit = draw_pictures(config.scenes // 3, config.seed + 1, "8bit")
-    vae_state = train_vae(config, torch.cat([plain, eight_bit]))
-    train_unet(config, vae_state, plain)
+    vae = train_vae(config, torch.cat([plain, eight_bit]))
+    train_unet(config, vae, plain)
 
 
 if __name__ == "__main__":
