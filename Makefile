@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-STEPS ?= 400
+STEPS ?= 600
 
 .PHONY: demo test lint format pretrain clean
 

@@ -50,7 +50,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self) -> None:
         hub, path = self.server, self.path.partition("?")[0]
-        hub.requests.append(f"{self.command} {path}")
+        if path != "/api/agent-harnesses":  # the library asks for it once a process, for its User-Agent
+            hub.requests.append(f"{self.command} {path}")
         files = {file.relative_to(hub.folder).as_posix(): file for file in hub.folder.rglob("*") if file.is_file()}
         if hub.failure == "slow":
             time.sleep(10)

@@ -83,6 +83,7 @@ def text_encoder(vocab_size: int) -> dict[str, Any]:
         "num_attention_heads": 4,
         "num_hidden_layers": 2,
         "projection_dim": 64,
+        "torch_dtype": "float32",  # transformers would run it in the float16 of the file
         "vocab_size": vocab_size,
     }
 

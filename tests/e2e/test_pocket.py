@@ -23,7 +23,7 @@ def trained(tmp_path_factory):
     """A LoRA as `make demo` trains it, in fewer steps."""
     folder = tmp_path_factory.mktemp("eight-bit")
     demo.write_dataset(folder / "dataset")
-    options = demo.training_options(steps=150)
+    options = demo.training_options(steps=400)
     config = TrainConfig(data=folder / "dataset", output=folder / "lora", **options)
     torch.set_num_threads(2)
     train.train(config, Distributed(0, 1, torch.device("cpu")))

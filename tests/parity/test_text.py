@@ -119,6 +119,12 @@ def test_move(model: TinyModel) -> None:
     assert text_encoder.device == torch.device("cpu")
 
 
+def test_no_graph_even_if_the_network_is_not_frozen(model: TinyModel) -> None:
+    text_encoder = load_text_encoder(model.folder)
+    text_encoder.network.requires_grad_(True)
+    assert not text_encoder(["the cat"]).requires_grad
+
+
 def test_tokenizer_json_alone(folder: Path) -> None:
     """What transformers 5 writes: one tokenizer.json instead of vocab.json and merges.txt."""
     expected = load_text_encoder(folder)(PROMPTS)
