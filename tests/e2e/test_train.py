@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
@@ -187,6 +188,13 @@ def test_a_run_of_two_processes_resumes_bit_for_bit_and_on_one_process(tiny_fold
     assert torchrun("train.py", *options_of(halted), processes=2).returncode == 0
     assert state_of(halted.output, 4) == state_of(through.output, 4)
     assert metrics_of(halted.output) == metrics_of(through.output)
+
+    alone = TrainConfig(**{**vars(through), "output": tmp_path / "alone", "gradient_accumulation_steps": 4})
+    shutil.copytree(through.output / "checkpoints" / "step-000002", alone.output / "checkpoints" / "step-000002")
+    train.train(alone, ALONE)
+    for ours, theirs in zip(metrics_of(alone.output), metrics_of(through.output)[2:], strict=True):
+        assert ours["images_seen"] == theirs["images_seen"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
 
 
 def test_only_the_adapter_learns_and_it_overfits(tiny_folder, dataset, tmp_path):
