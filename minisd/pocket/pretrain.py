@@ -254,9 +254,8 @@ def train_unet(config: PretrainConfig, vae: AutoencoderKL, pictures: Tensor) -> 
     architecture.export(config.output, trained, scaling_factor, len(tokenizer))
 
 
-def main() -> None:
-    """Run both stages, or what is left of them."""
-    config = tyro.cli(PretrainConfig)
+def pretrain(config: PretrainConfig) -> None:
+    """Run all stages, or what is left of them, and write the model."""
     words = [word for subject in scenes.SUBJECTS for word in subject.split()] + list(scenes.COLOURS)
     words += ["illustration", *scenes.TIMES, *vocabulary.COMMON_WORDS.split()]
     vocabulary.write_tokenizer(config.output / "tokenizer", words)
@@ -267,4 +266,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    pretrain(tyro.cli(PretrainConfig))
