@@ -80,9 +80,7 @@ def prompts_of(config: SampleConfig) -> list[str]:
     return prompts
 
 
-def parameters_text(
-    config: SampleConfig, settings: SamplingSettings, prompt: str, seed: int, model: str, loras: list[LoRAChoice]
-) -> str:
+def parameters_text(settings: SamplingSettings, prompt: str, seed: int, model: str, lora_labels: list[str]) -> str:
     """How a picture was drawn, in the form that other tools read from a PNG's "parameters"."""
     sampler = settings.scheduler + (" karras" if settings.karras else "")
     lines = [prompt]
@@ -91,7 +89,7 @@ def parameters_text(
     details = [
         f"Steps: {settings.num_inference_steps}, Sampler: {sampler}, CFG scale: {settings.guidance_scale:g}",
         f"Seed: {seed}, Size: {settings.width}x{settings.height}, Model: {Path(model).name}",
-        *[f"Lora: {lora.label}" for lora in loras],
+        *[f"Lora: {label}" for label in lora_labels],
     ]
     return "\n".join([*lines, ", ".join(details)])
 
@@ -136,6 +134,7 @@ def sample(config: SampleConfig) -> list[Path]:
         timestep_spacing=config.timestep_spacing,
         eta=config.eta,
     )
+    labels = [lora.label for lora in loras]  # once: each hashes its whole file
     config.output.mkdir(parents=True, exist_ok=True)
     images: list[Image.Image] = []
     all_seeds = [config.seed + index for index in range(config.num_images)]
@@ -149,7 +148,7 @@ def sample(config: SampleConfig) -> list[Path]:
             for latents in denoise(model, prompt, seeds, settings):  # noqa: B007 (the last ones are decoded below)
                 bar.update()
             for seed, image in zip(seeds, to_pil(decode(model, latents)), strict=True):
-                text = parameters_text(config, settings, prompt, seed, name, loras)
+                text = parameters_text(settings, prompt, seed, name, labels)
                 save_png(image, paths[len(images)], parameters=text, overwrite=config.overwrite)
                 images.append(image)
     save_png(image_grid(images, columns=config.num_images), grid_path, parameters="", overwrite=config.overwrite)

@@ -1,8 +1,8 @@
 """Train the pocket model from scratch: `python -m minisd.pocket.pretrain`.
 
-First the VAE learns to give back drawn scenes, plain and eight-bit; then the UNet and a small CLIP text encoder learn
-to draw the plain ones from their captions. Both stages run on CPU or GPU and go on where they were stopped: all that
-is random about a step is a function of (seed, step), so the only state is weights and Adam's moments.
+First the VAE learns to give back drawn scenes, plain and eight-bit, then its decoder alone; then the UNet and a small
+CLIP text encoder learn to draw the plain ones from their captions. All stages run on CPU or GPU and go on where they
+were stopped: what is random in a step is a function of (seed, step), so the only state is weights and Adam's moments.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from minisd.atomic import write_atomically
 from minisd.ddpm import NoiseSchedule, NoiseScheduleConfig
 from minisd.pocket import architecture, scenes, vocabulary
 from minisd.training import Precision, lr_at
@@ -91,7 +92,7 @@ class State:
         torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.parameters.values()], 1 - decay)
 
     def save(self) -> None:
-        """Write everything beside the old file, then put it in its place."""
+        """Write everything, in the place of the old file."""
         tensors = {f"model.{k}": p.detach() for k, p in self.parameters.items()}
         tensors |= {f"average.{k}": p for k, p in self.average.items()}
         for key, parameter in self.parameters.items():
@@ -99,9 +100,7 @@ class State:
                 tensors[f"{moment}.{key}"] = self.optimizer.state[parameter][moment]
         tensors = {k: v.contiguous().cpu() for k, v in tensors.items()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        staged = self.path.with_suffix(".tmp")
-        safetensors.torch.save_file(tensors, staged, {"step": str(self.step)})
-        staged.replace(self.path)
+        write_atomically(self.path, safetensors.torch.save(tensors, {"step": str(self.step)}))
 
     def _load(self) -> None:
         with safe_open(self.path, framework="pt") as file:
