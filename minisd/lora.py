@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import nn
 
 from minisd.lora_layers import LoRAAdapter as LoRAAdapter
+from minisd.lora_layers import LoRAConv2d as LoRAConv2d
+from minisd.lora_layers import LoRALayer as LoRALayer
 from minisd.lora_layers import LoRALinear as LoRALinear
 from minisd.lora_layers import LoRAWeights as LoRAWeights
-
-_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-
-# What --lora-targets stands for: path suffixes in the UNet.
-TARGETS: dict[str, tuple[str, ...]] = {
-    "attn": _ATTENTION,
-    "attn+ff": (*_ATTENTION, "ff.net.0.proj", "ff.net.2"),
-}
+from minisd.lora_targets import TARGETS as TARGETS
+from minisd.lora_targets import adaptable_layers as adaptable_layers
+from minisd.lora_targets import chosen_layers, initial_weights
 
 
 def inject_lora(
@@ -32,13 +27,13 @@ def inject_lora(
     name: str = "default",
     seed: int = 0,
 ) -> list[str]:
-    """Put a new adapter beside each linear layer whose path ends in a target, and freeze everything but adapters.
+    """Put a new adapter beside each layer whose path ends in a target, and freeze everything but adapters.
 
     The first weights of an adapter depend on the seed, the layer's path and the sizes only, not on other layers.
 
     Args:
         model: changed in place.
-        targets: path suffixes in whole components: "to_out.0" is in "mid.attn1.to_out.0", "out.0" is not.
+        targets: of linear layers and convolutions, as in `chosen_layers`; TARGETS has presets.
         rank: r, from 1 to the smaller side of the smallest layer.
         alpha: the change is multiplied by alpha / rank.
         dropout: probability in [0, 1) that an input of the adapter is zeroed, in training mode only.
@@ -51,20 +46,8 @@ def inject_lora(
     Raises:
         ValueError: a target matches nothing, or a number is out of its range. The model is then unchanged.
     """
-    layers = linear_layers(model)
-    if not targets:
-        raise ValueError("LoRA targets: got none; allowed are path suffixes such as 'to_q'")
-    for target in targets:
-        if not any(_ends_in(path, target) for path in layers):
-            words = {path.split(".")[-1] for path in layers}
-            allowed = ", ".join(sorted(word for word in words if not word.isdigit()))
-            raise ValueError(f"LoRA target {target!r} matches no linear layer; layers of this model are: {allowed}")
-    chosen = {path: layer for path, layer in layers.items() if any(_ends_in(path, target) for target in targets)}
-    for path, layer in chosen.items():
-        largest = min(layer.in_features, layer.out_features)
-        if not 1 <= rank <= largest:
-            raise ValueError(f"LoRA rank must be from 1 to {largest}, the smaller side of {path}; got {rank}")
-    weights = {path: _initial_weights(layer, path, rank, alpha, seed) for path, layer in chosen.items()}
+    chosen = chosen_layers(model, targets)
+    weights = {path: initial_weights(layer, path, rank, alpha, seed) for path, layer in chosen.items()}
     return add_lora(model, weights, name=name, dropout=dropout)
 
 
@@ -80,7 +63,7 @@ def add_lora(
 
     Args:
         model: changed in place.
-        weights: path of a linear layer -> its adapter, copied as float32 to the layer's device; ranks may differ.
+        weights: path of a layer -> its adapter, copied as float32 to the layer's device; ranks may differ.
         name: of the adapter, one of several.
         lora_scale: its strength; may be negative.
         dropout: probability in [0, 1) that an input of the adapter is zeroed, in training mode only.
@@ -91,7 +74,7 @@ def add_lora(
     Raises:
         ValueError: a path, shape, number or name cannot be used. The model is then unchanged.
     """
-    layers = linear_layers(model)
+    layers = adaptable_layers(model)
     _check_addition(layers, weights, name)
     _check_scale(lora_scale)
     if not 0 <= dropout < 1:
@@ -101,8 +84,8 @@ def add_lora(
         layer = layers[path]
         adapter = LoRAAdapter(weights[path], dropout).to(layer.weight.device).train(layer.training)
         adapter.lora_scale = lora_scale
-        if not isinstance(layer, LoRALinear):
-            layer = LoRALinear(layer)
+        if not isinstance(layer, LoRALayer):
+            layer = LoRAConv2d(layer) if isinstance(layer, nn.Conv2d) else LoRALinear(layer)
             _replace(model, path, layer)
         layer.adapters[name] = adapter
     for parameter in set(model.parameters()).difference(parameter for _, parameter in lora_parameters(model)):
@@ -111,7 +94,7 @@ def add_lora(
 
 
 def remove_lora(model: nn.Module, name: str) -> None:
-    """Take an adapter out again; a layer without any other becomes the plain linear layer it was.
+    """Take an adapter out again; a layer without any other becomes the plain layer it was.
 
     Raises:
         ValueError: there is no adapter of that name, or the adapters are merged.
@@ -119,18 +102,7 @@ def remove_lora(model: nn.Module, name: str) -> None:
     for path, layer in _with_adapter(model, name, merged=False).items():
         del layer.adapters[name]
         if not layer.adapters:
-            plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-            plain.weight, plain.bias = layer.weight, layer.bias
-            _replace(model, path, plain.train(layer.training))
-
-
-def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """Path -> layer for every linear layer that can have an adapter, in the model's order."""
-    return {
-        path: module
-        for path, module in model.named_modules()
-        if type(module) in (nn.Linear, LoRALinear) and ".adapters." not in path  # an adapter gets no adapter
-    }
+            _replace(model, path, layer.plain())
 
 
 def lora_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -191,30 +163,17 @@ def unmerge_lora(model: nn.Module) -> None:
         layer.unmerge()
 
 
-def _initial_weights(layer: nn.Linear, path: str, rank: int, alpha: float, seed: int) -> LoRAWeights:
-    """A uniform in +-1 / sqrt(in), B zero. Drawn on the CPU in float32: every device and dtype starts alike."""
-    digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
-    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little"))
-    down = torch.empty(rank, layer.in_features, dtype=torch.float32)
-    nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
-    return LoRAWeights(down, torch.zeros(layer.out_features, rank), alpha)
-
-
-def _ends_in(path: str, target: str) -> bool:
-    return f".{path}".endswith(f".{target}")
-
-
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
     """Put a module in another's place; setattr on the parent works in lists and sequences, too."""
     parent, _, child = path.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 
 
-def _lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    return {path: layer for path, layer in linear_layers(model).items() if isinstance(layer, LoRALinear)}
+def _lora_layers(model: nn.Module) -> dict[str, LoRALinear | LoRAConv2d]:
+    return {path: module for path, module in model.named_modules() if isinstance(module, LoRALinear | LoRAConv2d)}
 
 
-def _with_adapter(model: nn.Module, name: str, *, merged: bool = True) -> dict[str, LoRALinear]:
+def _with_adapter(model: nn.Module, name: str, *, merged: bool = True) -> dict[str, LoRALinear | LoRAConv2d]:
     """The layers that have this adapter. Raises ValueError if there are none, or are merged and must not be."""
     layers = _lora_layers(model)
     found = {path: layer for path, layer in layers.items() if name in layer.adapters}
@@ -231,20 +190,19 @@ def _check_scale(lora_scale: float) -> None:
         raise ValueError(f"lora_scale must be a finite number, got {lora_scale}")
 
 
-def _check_addition(layers: Mapping[str, nn.Linear], weights: Mapping[str, LoRAWeights], name: str) -> None:
+def _check_addition(layers: Mapping[str, nn.Linear | nn.Conv2d], weights: Mapping[str, LoRAWeights], name: str) -> None:
     """Raise ValueError if these weights do not fit these layers under this name."""
     if not name or "." in name or hasattr(nn.ModuleDict(), name):
         raise ValueError(f"a LoRA cannot be called {name!r}; choose a word without a dot")
     if not weights:
         raise ValueError(f"LoRA {name!r} has no weights")
     for layer in layers.values():
-        if isinstance(layer, LoRALinear) and name in layer.adapters:
+        if isinstance(layer, LoRALayer) and name in layer.adapters:
             raise ValueError(f"the model already has a LoRA called {name!r}")
-        if isinstance(layer, LoRALinear) and layer.merged:
+        if isinstance(layer, LoRALayer) and layer.merged:
             raise ValueError("a LoRA is merged into the weights; call unmerge_lora first")
     for path, lora in weights.items():
         if path not in layers:
-            raise ValueError(f"LoRA {name!r}: the model has no linear layer {path!r}")
-        expected = (layers[path].out_features, layers[path].in_features)
-        if (got := (lora.up.shape[0], lora.down.shape[1])) != expected:
-            raise ValueError(f"LoRA {name!r}: {path} has [out, in] = {list(expected)}, got {list(got)}")
+            raise ValueError(f"LoRA {name!r}: the model has no linear layer or convolution {path!r}")
+        if lora.shape != (expected := tuple(layers[path].weight.shape)):
+            raise ValueError(f"LoRA {name!r}: {path} has a weight of {list(expected)}, got {list(lora.shape)}")

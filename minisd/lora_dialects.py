@@ -137,5 +137,6 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 def target_names(modules: Collection[str]) -> tuple[str, ...]:
     """What a run probably called its targets: the ends of the paths, below the block they repeat in."""
-    block = re.compile(r".*[._](attn[12]|transformer_blocks[._]\d+|attentions[._]\d+|resnets[._]\d+)[._]")
+    numbered = r"(transformer_blocks|attentions|resnets|down_blocks|up_blocks)[._]\d+"
+    block = re.compile(rf"^(.*[._])?(attn[12]|{numbered})[._]")
     return tuple(sorted({block.sub("", module) for module in modules}))

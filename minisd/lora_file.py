@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from minisd.atomic import write_atomically
 from minisd.errors import NonFiniteError, UsageError, WeightsError, one_line, run_script
-from minisd.lora import LoRAWeights, linear_layers
 from minisd.lora_dialects import flat_name, target_names
 from minisd.lora_info import FAMILIES, LoRAInfo, from_header, to_header
+from minisd.lora_layers import LoRAWeights
 from minisd.lora_reader import DTYPES, RawLoRA, read_raw, some
+from minisd.lora_targets import adaptable_layers
 
 
 def lora_bytes(weights: Mapping[str, LoRAWeights], info: LoRAInfo, *, dtype: torch.dtype | None = None) -> bytes:
@@ -73,7 +74,7 @@ def load_lora(path: Path, model: nn.Module) -> tuple[dict[str, LoRAWeights], LoR
         model: the UNet it is meant for, with or without adapters; it says what the file's names mean.
 
     Returns:
-        Path of a linear layer -> its adapter, on the CPU in the file's dtype; and what the header says.
+        Path of a layer -> its adapter, on the CPU in the file's dtype; and what the header says.
 
     Raises:
         WeightsError: the file is damaged, is of a kind that is not supported, or is not for this model.
@@ -116,7 +117,7 @@ def inspect(path: Path) -> str:
 
 def _placed(path: Path, raw: RawLoRA, model: nn.Module) -> dict[str, LoRAWeights]:
     """Find the model's layers by the file's names. Raises WeightsError unless each module fits one layer."""
-    layers = linear_layers(model)
+    layers = adaptable_layers(model)
     paths = {flat_name(name): name for name in layers}
     assert len(paths) == len(layers), "two layers share a flat name"
     others = {flat_name(name) for name, _ in model.named_modules()} - paths.keys()
@@ -129,22 +130,31 @@ def _placed(path: Path, raw: RawLoRA, model: nn.Module) -> dict[str, LoRAWeights
         if flat not in paths:
             (elsewhere if flat in others else absent).append(name)
             continue
-        layer = layers[paths[flat]]
-        got, expected = [lora.up.shape[0], lora.down.shape[1]], [layer.out_features, layer.in_features]
-        if got != expected:
-            misfits.append(f"{name}: expected {expected}, got {got}")
+        expected = tuple(layers[paths[flat]].weight.shape)
+        lora = _with_dims(lora, len(expected))
+        if lora.shape != expected:
+            misfits.append(f"{name}: expected {list(expected)}, got {list(lora.shape)}")
         if paths[flat] in weights:
             raise WeightsError(f"{path}: {paths[flat]} is there twice, under two names. Get the file again.")
         weights[paths[flat]] = lora
     if misfits or absent:
         what = f"modules of another size: {some(misfits)}" if misfits else f"modules not in this model: {some(absent)}"
-        width = next((layer.in_features for name, layer in layers.items() if name.endswith("attn2.to_k")), None)
+        width = next((layer.weight.shape[1] for name, layer in layers.items() if name.endswith("attn2.to_k")), None)
         families = f"The file is for {_family(raw.guess)}, the model is {_family(width)}"
         raise WeightsError(f"{path}: {what}. {families}. Choose with --model what the LoRA was made for.")
     if elsewhere:
-        only = "only a LoRA of linear layers is supported"
-        raise WeightsError(f"{path}: it also adapts convolutions or other layers: {some(elsewhere)}; {only}.")
+        only = "only a LoRA of linear layers and convolutions is supported"
+        raise WeightsError(f"{path}: it also adapts layers of another kind: {some(elsewhere)}; {only}.")
     return weights
+
+
+def _with_dims(lora: LoRAWeights, dims: int) -> LoRAWeights:
+    """A matrix as a 1 x 1 convolution or the reverse: files of SD 1.x have either for its proj_in and proj_out."""
+    if dims == 4 and lora.down.dim() == 2:
+        return LoRAWeights(lora.down[:, :, None, None], lora.up[:, :, None, None], lora.alpha)
+    if dims == 2 and lora.down.shape[2:] == (1, 1):
+        return LoRAWeights(lora.down.flatten(1), lora.up.flatten(1), lora.alpha)
+    return lora
 
 
 def _family(guess: str | int | None) -> str:

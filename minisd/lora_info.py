@@ -65,6 +65,8 @@ def to_header(info: LoRAInfo) -> dict[str, str]:
     """
     base_model = public_name(info.base_model)
     version = info.base_model_version or "unknown"
+    # kohya's own option for convolutions; its values are text, as on its command line.
+    convolutions = {"conv_dim": str(info.rank), "conv_alpha": str(info.alpha)} if "conv1" in info.targets else {}
     fields: dict[str, object] = {
         "format": "pt",
         "minisd.format_version": FORMAT_VERSION,
@@ -83,7 +85,7 @@ def to_header(info: LoRAInfo) -> dict[str, str]:
         "ss_network_module": "networks.lora",
         "ss_network_dim": info.rank,
         "ss_network_alpha": info.alpha,
-        "ss_network_args": "{}",
+        "ss_network_args": _json(convolutions),
         "ss_output_name": info.title,
         "ss_resolution": info.resolution and f"({info.resolution}, {info.resolution})",
         "ss_sd_model_name": base_model,

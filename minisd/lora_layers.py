@@ -1,14 +1,17 @@
-"""A linear layer that learns by a low-rank change of its frozen weight (LoRA, arXiv:2106.09685, section 4.1).
+"""A layer that learns by a low-rank change of its frozen weight (LoRA, arXiv:2106.09685, section 4.1).
 
     h = W x + (alpha / r) B A x        W [out, in], A = lora_down [r, in], B = lora_up [out, r]
 
-B starts at zero, so at the start the model is the base model.
+For a convolution, A is one of the same kernel and stride, [r, in, kh, kw], and B one of 1 x 1, [out, r, 1, 1]: B A is
+again a product of two matrices, [out, r] and [r, in * kh * kw]. B starts at zero, so at the start the model is the base
+model.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,16 +20,25 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class LoRAWeights:
-    """One adapter's tensors: down [rank, in], up [out, rank], and alpha. Raises ValueError if they cannot be one."""
+    """One adapter's tensors and alpha. Raises ValueError if they cannot be one.
+
+    Attributes:
+        down: [rank, in], or [rank, in, kh, kw] for a convolution.
+        up: [out, rank], or [out, rank, 1, 1] for a convolution.
+        alpha: the change is multiplied by alpha / rank.
+    """
 
     down: Tensor
     up: Tensor
     alpha: float
 
     def __post_init__(self) -> None:
-        if self.down.dim() != 2 or self.up.dim() != 2 or not 0 < len(self.down) == self.up.shape[1]:
-            got = f"{list(self.down.shape)} and {list(self.up.shape)}"
-            raise ValueError(f"a LoRA is down [rank, in] and up [out, rank], got {got}")
+        down, up = self.down.shape, self.up.shape
+        if not (len(down) == len(up) and tuple(up[2:]) in ((), (1, 1)) and len(up) > 1 and 0 < down[0] == up[1]):
+            got = f"{list(down)} and {list(up)}"
+            raise ValueError(
+                f"a LoRA is down [rank, in] and up [out, rank], or [rank, in, kh, kw] and [out, rank, 1, 1], got {got}"
+            )
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise ValueError(f"LoRA alpha must be a positive number, got {self.alpha}")
 
@@ -35,9 +47,18 @@ class LoRAWeights:
         """Number of rows of down."""
         return len(self.down)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight this is for: [out, in] or [out, in, kh, kw]."""
+        return (len(self.up), *self.down.shape[1:])
+
+    def product(self, dtype: torch.dtype) -> Tensor:
+        """B A in the weight's shape, multiplied in this dtype."""
+        return (self.up.to(dtype).flatten(1) @ self.down.to(dtype).flatten(1)).reshape(self.shape)
+
 
 class LoRAAdapter(nn.Module):
-    """The learnt change of one linear layer: [..., in] -> [..., out]. Its weights are float32 copies of those given.
+    """The learnt change of one layer. Its weights are float32 copies of those given; LoRALayer runs it.
 
     Attributes:
         rank: r.
@@ -50,9 +71,7 @@ class LoRAAdapter(nn.Module):
         super().__init__()
         self.rank, self.alpha, self.lora_scale = weights.rank, weights.alpha, 1.0
         self.dropout = nn.Dropout(dropout)
-        self.lora_down = nn.Linear(weights.down.shape[1], self.rank, bias=False, device="meta")
-        self.lora_up = nn.Linear(self.rank, weights.up.shape[0], bias=False, device="meta")
-        self.lora_down.weight, self.lora_up.weight = (
+        self.lora_down, self.lora_up = (
             nn.Parameter(tensor.detach().float().clone(memory_format=torch.contiguous_format))
             for tensor in (weights.down, weights.up)
         )
@@ -60,33 +79,31 @@ class LoRAAdapter(nn.Module):
     @property
     def weights(self) -> LoRAWeights:
         """The present weights; the tensors share memory with this module."""
-        return LoRAWeights(self.lora_down.weight.detach(), self.lora_up.weight.detach(), self.alpha)
+        return LoRAWeights(self.lora_down.detach(), self.lora_up.detach(), self.alpha)
 
     @property
     def factor(self) -> float:
         """What B A is multiplied by."""
         return self.lora_scale * self.alpha / self.rank
 
-    def forward(self, x: Tensor) -> Tensor:
-        # Autocast chooses the dtype itself, and a float32 copy of x would be kept for the backward pass.
-        if x.dtype != self.lora_down.weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            x = x.to(self.lora_down.weight.dtype)
-        change: Tensor = self.lora_up(self.lora_down(self.dropout(x)))
-        return self.factor * change
 
+class LoRALayer(nn.Module):
+    """A layer with adapters beside it. It shares the base's parameters, so their names stay the checkpoint's.
 
-class LoRALinear(nn.Linear):
-    """A linear layer with adapters beside it. It shares the base's parameters, so their names stay the checkpoint's."""
+    The float32 weights of an adapter are cast to the layer's dtype, never the activations to float32: those are larger,
+    and a float32 copy would be kept for the backward pass. Gradients arrive at the float32 weights through the cast.
+    """
 
+    weight: Tensor
+    adapters: nn.ModuleDict
     base_weight: Tensor | None
 
-    def __init__(self, base: nn.Linear) -> None:
-        super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
-        self.weight, self.bias = base.weight, base.bias  # the objects themselves: nothing is allocated or copied
+    def take_over(self, base: nn.Linear | nn.Conv2d) -> None:
+        """Start without adapters, on the parameters of a layer."""
         self.adapters = nn.ModuleDict()
         # W while it is merged, else None. A buffer, so that it moves with the model, but not into its files.
         self.register_buffer("base_weight", None, persistent=False)
-        self.train(base.training)
+        _share_parameters(base, self)
 
     @property
     def merged(self) -> bool:
@@ -95,8 +112,9 @@ class LoRALinear(nn.Linear):
 
     @property
     def active(self) -> list[LoRAAdapter]:
-        """The adapters that change something."""
-        return [adapter for adapter in map(self.adapter, self.adapters) if adapter.lora_scale != 0]
+        """The adapters that are run: none while they are merged, nor one that changes nothing."""
+        adapters = [] if self.merged else [self.adapter(name) for name in self.adapters]
+        return [adapter for adapter in adapters if adapter.lora_scale != 0]
 
     def adapter(self, name: str) -> LoRAAdapter:
         """The adapter of that name."""
@@ -104,23 +122,78 @@ class LoRALinear(nn.Linear):
         assert isinstance(adapter, LoRAAdapter)
         return adapter
 
-    def forward(self, input: Tensor) -> Tensor:
-        out = F.linear(input, self.weight, self.bias)
-        if not self.merged:
-            for adapter in self.active:
-                out = out + adapter(input).to(out.dtype)
-        return out
-
     @torch.no_grad()
     def merge(self) -> None:
         """Put W' = W + sum (lora_scale * alpha / r) B A in the place of W, summed in float32 and rounded once."""
         assert self.base_weight is None
         total = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32), copy=True)
         for adapter in self.active:
-            total += adapter.factor * (adapter.lora_up.weight @ adapter.lora_down.weight)
+            total += adapter.factor * adapter.weights.product(total.dtype)
         self.base_weight, self.weight.data = self.weight.data, total.to(self.weight.dtype)
 
     def unmerge(self) -> None:
         """Put back W itself; subtracting the change again would leave rounding behind."""
         assert self.base_weight is not None
         self.weight.data, self.base_weight = self.base_weight, None
+
+
+class LoRALinear(LoRALayer, nn.Linear):
+    """A linear layer with adapters: [..., in] -> [..., out]."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
+        self.take_over(base)
+
+    def plain(self) -> nn.Linear:
+        """The layer it was made of."""
+        layer = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        _share_parameters(self, layer)
+        return layer
+
+    def forward(self, input: Tensor) -> Tensor:
+        active = self.active
+        if not active:
+            return F.linear(input, self.weight, self.bias)
+        x = input.reshape(-1, self.in_features)
+        # In another memory layout torch rounds the bias in otherwise: there, too, a new adapter must change no bit.
+        out = F.linear(x if input.is_contiguous() else input, self.weight, self.bias)
+        if out.dim() != 2:
+            out = out.reshape(-1, self.out_features)
+        for adapter in active:
+            hidden = adapter.dropout(x) @ adapter.lora_down.to(out.dtype).T
+            # Product, factor and sum in one kernel, in place: small kernels cost a GPU their launch, not their work.
+            out = out.addmm_(hidden, adapter.lora_up.to(out.dtype).T, alpha=adapter.factor)
+        return out.view(*input.shape[:-1], self.out_features)
+
+
+class LoRAConv2d(LoRALayer, nn.Conv2d):
+    """A convolution with adapters: [B, C_in, H, W] -> [B, C_out, H', W']."""
+
+    def __init__(self, base: nn.Conv2d) -> None:
+        super().__init__(**_conv_settings(base))
+        self.take_over(base)
+
+    def plain(self) -> nn.Conv2d:
+        """The layer it was made of."""
+        layer = nn.Conv2d(**_conv_settings(self))
+        _share_parameters(self, layer)
+        return layer
+
+    def forward(self, input: Tensor) -> Tensor:
+        out = self._conv_forward(input, self.weight, self.bias)
+        for adapter in self.active:
+            hidden = self._conv_forward(adapter.dropout(input), adapter.lora_down.to(out.dtype), None)
+            out = out.add_(F.conv2d(hidden, adapter.lora_up.to(out.dtype)), alpha=adapter.factor)
+        return out
+
+
+def _conv_settings(conv: nn.Conv2d) -> dict[str, Any]:
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "padding_mode")
+    return {**{name: getattr(conv, name) for name in names}, "bias": conv.bias is not None, "device": "meta"}
+
+
+def _share_parameters(of: nn.Module, to: nn.Module) -> None:
+    """Give a layer another's weight and bias, the objects themselves: nothing is allocated or copied."""
+    for name, parameter in of.named_parameters(recurse=False):
+        setattr(to, name, parameter)
+    to.train(of.training)

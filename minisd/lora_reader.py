@@ -66,7 +66,7 @@ def read_raw(path: Path) -> RawLoRA:
     for module, parts in modules.items():
         if module.in_text_encoder:
             continue
-        down, up = (_matrix(path, parts[part], tensors[parts[part]]) for part in ("down", "up"))
+        down, up = (_weight(path, parts[part], tensors[parts[part]]) for part in ("down", "up"))
         try:
             alpha = float(tensors[parts["alpha"]]) if "alpha" in parts else alpha_of(module.name, len(down))
             unet[module.name] = LoRAWeights(down, up, alpha)
@@ -112,15 +112,13 @@ def _checked(path: Path, key: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _matrix(path: Path, key: str, tensor: Tensor) -> Tensor:
-    """[a, b] of [a, b] or of a 1 x 1 convolution's [a, b, 1, 1]."""
-    if tensor.dim() == 4 and tensor.shape[2:] != (1, 1):
-        raise WeightsError(f"{path}: not supported: a LoRA of convolutions, {key[:100]!r}. Choose one without.")
+def _weight(path: Path, key: str, tensor: Tensor) -> Tensor:
+    """A linear layer's or a convolution's weight, as far as the number of dimensions tells."""
     if tensor.dim() not in (2, 4):
         raise WeightsError(
-            f"{path}: {key[:100]!r} is no matrix, its shape is {list(tensor.shape)}. Get the file again."
+            f"{path}: {key[:100]!r} is no weight, its shape is {list(tensor.shape)}. Get the file again."
         )
-    return tensor.flatten(1)
+    return tensor
 
 
 def _alphas(path: Path, header: Header) -> Callable[[str, int], float]:
