@@ -7,7 +7,7 @@ A checkpoint is a folder OUTPUT/checkpoints/step-000500/ with
     state.json           the step, the loss scale, and what the run is (see train.py)
     manifest.json        sizes and SHA-256 of the others, written last
 
-It is staged beside, every file and the folder synced, renamed, and read back. Neither safetensors nor torch notices a
+It is staged beside, every file and the folder synced, read back, and renamed. Neither safetensors nor torch notices a
 flipped bit, so nothing is loaded that the manifest does not vouch for. Nothing is pickled.
 """
 
@@ -16,24 +16,32 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-
-from minisd.atomic import sync_folder, write_synced
-from minisd.errors import CheckpointError
+from minisd.atomic import delete, remove_leftovers, staging_name, sync_folder, write_synced
+from minisd.errors import CheckpointError, DiskError
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{6,})")
-_STAGING = re.compile(r"\.tmp-step-\d{6,}-(\d+)")
+_OLDER = "Use an older checkpoint"
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Find out now, not after hours of work, whether there is room for `needed` bytes in a folder, existing or not.
+
+    Raises:
+        DiskError: there is less. Quotas are not seen here.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise DiskError(f"{folder}: {needed} bytes are needed, {free} are free. Free some, or choose another --output.")
 
 
 def save_checkpoint(folder: Path, step: int, files: Mapping[str, bytes]) -> Path:
@@ -48,60 +56,107 @@ def save_checkpoint(folder: Path, step: int, files: Mapping[str, bytes]) -> Path
         The checkpoint's folder.
 
     Raises:
-        OSError: it could not be written; what was there before is untouched.
+        DiskError: it could not be written; earlier checkpoints are untouched.
         CheckpointError: what was read back is not what was written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    final, staging = folder / f"step-{step:06d}", folder / f".tmp-step-{step:06d}-{os.getpid()}"
+    final = folder / f"step-{step:06d}"
     entries = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
     manifest = json.dumps({"format": FORMAT, "step": step, "files": entries}, indent=2).encode()
     try:
+        if not folder.is_dir():
+            folder.mkdir(parents=True, exist_ok=True)
+            sync_folder(folder.parent)
+        _write(final, {**files, MANIFEST: manifest})
+    except OSError as error:
+        raise _disk_error(final, sum(map(len, files.values())) + len(manifest), error) from error
+    return final
+
+
+def _write(final: Path, files: Mapping[str, bytes]) -> None:
+    staging = staging_name(final)
+    delete(staging)  # of a crashed process that had our number
+    try:
         staging.mkdir()
-        for name, data in [*files.items(), (MANIFEST, manifest)]:
+        for name, data in files.items():
             write_synced(staging / name, data)
         sync_folder(staging)
         verify_checkpoint(staging)
-        if final.exists():  # a damaged one that this run has come past again
-            old = folder / f".tmp-step-{step:06d}-{os.getpid()}-old"
-            final.rename(old)
-            staging.rename(final)
-            shutil.rmtree(old)
-        else:
-            staging.rename(final)
-        sync_folder(folder)
+        aside = _set_aside(final) if final.exists() else None  # a damaged one that this run has come past again
+        staging.rename(final)
+        sync_folder(final.parent)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
-    return final
+    if aside is not None:
+        delete(aside)
+
+
+def _set_aside(path: Path) -> Path:
+    """Take a checkpoint's name from it in one operation; what deletes it may then be killed half-way."""
+    aside = staging_name(path.with_name(f"{path.name}-old"))
+    delete(aside)
+    path.rename(aside)
+    return aside
+
+
+def _disk_error(path: Path, needed: int, error: OSError) -> DiskError:
+    try:
+        free = f"{shutil.disk_usage(path.parent).free} are free"
+    except OSError:
+        free = "its folder is gone"
+    kept = checkpoints_in(path.parent)
+    last = f"the newest checkpoint is {kept[-1].name}" if kept else "there is no checkpoint yet"
+    return DiskError(
+        f"{path}: cannot be written: {error.strerror} ({needed} bytes are needed, {free}); {last}. Free some space and "
+        "start the same command again."
+    )
 
 
 def verify_checkpoint(path: Path) -> int:
     """Check a checkpoint against its manifest; returns its step.
 
     Raises:
-        CheckpointError: a file is missing, cut short or changed, naming it and why.
+        CheckpointError: a file is missing, extra, cut short or changed, naming it and why.
     """
-    try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
-        version, step, entries = manifest["format"], manifest["step"], manifest["files"].items()
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: not a checkpoint (no {MANIFEST}). Give a folder named step-NNNNNN.") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path / MANIFEST}: damaged. Use an older checkpoint.") from error
-    if version != FORMAT:
-        raise CheckpointError(f"{path}: checkpoint format {version!r}, this minisd reads {FORMAT}.")
-    for name, entry in entries:
+    step, entries = _read_manifest(path)
+    named = _NAME.fullmatch(path.name)
+    if named and int(named[1]) != step:
+        raise CheckpointError(f"{path / MANIFEST}: of step {step}, expected {int(named[1])} by the folder. {_OLDER}.")
+    odd = {file.name for file in path.iterdir()} ^ {MANIFEST, *entries}
+    if odd:
+        name = min(odd)
+        how = "missing" if name in entries else "not part of the checkpoint"
+        raise CheckpointError(f"{path / name}: {how}. {_OLDER}.")
+    for name, (size, digest) in entries.items():
         file = path / name
         try:
+            if not file.is_file():
+                raise CheckpointError(f"{file}: expected a file. {_OLDER}.")
             data = file.read_bytes()
         except OSError as error:
-            raise CheckpointError(f"{file}: {error.strerror}. Use an older checkpoint.") from error
-        if len(data) != entry["size"] or hashlib.sha256(data).hexdigest() != entry["sha256"]:
-            found = f"{len(data)} bytes" if len(data) != entry["size"] else "other content"
-            raise CheckpointError(
-                f"{file}: expected {entry['size']} bytes as saved, got {found}. Use an older checkpoint."
-            )
-    return int(step)
+            raise CheckpointError(f"{file}: {error.strerror}. {_OLDER}.") from error
+        if len(data) != size or hashlib.sha256(data).hexdigest() != digest:
+            found = f"{len(data)} bytes" if len(data) != size else "other content"
+            raise CheckpointError(f"{file}: expected {size} bytes as saved, got {found}. {_OLDER}.")
+    return step
+
+
+def _read_manifest(path: Path) -> tuple[int, dict[str, tuple[int, str]]]:
+    """The step, and size and SHA-256 of each file by name. Raises CheckpointError."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        version, step = manifest["format"], int(manifest["step"])
+        entries = {name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
+    except FileNotFoundError as error:
+        what = f"not a checkpoint (no {MANIFEST})" if path.exists() else "no such checkpoint"
+        raise CheckpointError(f"{path}: {what}. Give a folder named step-NNNNNN.") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}. Give a folder named step-NNNNNN.") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path / MANIFEST}: damaged. {_OLDER}.") from error
+    if version != FORMAT:
+        raise CheckpointError(f"{path}: checkpoint format {version!r}, this minisd reads {FORMAT}.")
+    return step, entries
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -135,67 +190,21 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def prune_checkpoints(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` sound checkpoints, and what dead processes left half-written."""
+    """Delete all but the newest `keep` sound checkpoints, and what dead processes left half-written.
+
+    A damaged one does not count towards those kept, and stays for whoever wants to look at it. What cannot be deleted
+    is named in a warning.
+    """
     sound = []
     for path in checkpoints_in(folder):
         try:
             verify_checkpoint(path)
         except CheckpointError:
-            continue  # it does not count towards those kept, and whoever wants to look at it may
+            continue
         sound.append(path)
-    stale = [path for path in folder.iterdir() if (m := _STAGING.match(path.name)) and not _is_alive(int(m[1]))]
-    for path in sound[:-keep] + stale:
+    for path in sound[:-keep]:
         try:
-            if path.is_symlink():
-                path.unlink()
-            else:
-                shutil.rmtree(path)
+            _set_aside(path)
         except OSError as error:
             log.warning("could not delete %s: %s", path, error.strerror)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, parameters: Sequence[tuple[str, nn.Parameter]]
-) -> dict[str, Tensor]:
-    """Adam's state as tensors named "{parameter}/{item}"; empty before the first update."""
-    return {
-        f"{name}/{item}": value
-        for name, parameter in parameters
-        for item, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
-def load_optimizer(
-    optimizer: torch.optim.Optimizer, parameters: Sequence[tuple[str, nn.Parameter]], tensors: Mapping[str, Tensor]
-) -> None:
-    """Put Adam's state back. torch's own load_state_dict takes wrong shapes silently and fails a step later.
-
-    Raises:
-        CheckpointError: a tensor is missing, left over, or of another shape.
-    """
-    expected = {
-        f"{name}/{item}": () if item == "step" else tuple(parameter.shape)
-        for name, parameter in parameters
-        for item in ("step", "exp_avg", "exp_avg_sq")
-    }
-    found = {key: tuple(value.shape) for key, value in tensors.items()}
-    if found != expected:
-        odd = next(key for key in [*expected, *found] if found.get(key) != expected.get(key))
-        raise CheckpointError(
-            f"optim.safetensors: {odd}: expected shape {expected.get(odd)}, got {found.get(odd)}. "
-            "It belongs to another run."
-        )
-    for name, parameter in parameters:
-        moments = {item: tensors[f"{name}/{item}"].to(parameter.device) for item in ("exp_avg", "exp_avg_sq")}
-        # The step count stays on the CPU, where AdamW made it: on the device every update would wait for it.
-        optimizer.state[parameter] = {"step": tensors[f"{name}/step"].clone(), **moments}
+    remove_leftovers(folder)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 
 class MinisdError(Exception):
@@ -80,22 +81,67 @@ class OutputInUseError(MinisdError):
     exit_code = 10
 
 
+class PeerError(MinisdError):
+    """Another process of the run ended or is stuck. The cause, if it could be told, is what that one says."""
+
+    name = "E-PEER"
+    exit_code = 1
+
+
+class Stopped(BaseException):
+    """The run was asked to stop. Not an Exception: nothing that guards against failures may hold it up.
+
+    Args:
+        reason: who asked: the name of a signal, or words.
+        checkpoint: where the run was saved; None if there was nothing to save.
+    """
+
+    def __init__(self, reason: str, checkpoint: Path | None = None) -> None:
+        super().__init__(reason, checkpoint)
+        self.reason = reason
+        self.checkpoint = checkpoint
+
+    @property
+    def exit_code(self) -> int:
+        """75 (EX_TEMPFAIL, start again) after any orderly stop; 130, as shells expect, for Ctrl-C without a save."""
+        return 130 if self.reason == "SIGINT" and self.checkpoint is None else 75
+
+    def __str__(self) -> str:
+        if self.checkpoint is None:
+            return f"stopped ({self.reason}); nothing new was to be saved"
+        return f"stopped ({self.reason}); saved {self.checkpoint}. The same command goes on from there."
+
+
 def one_line(text: str) -> str:
     """Escape control characters, so that a hostile file name or key cannot reach the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
-def _translate(error: Exception) -> MinisdError | None:
-    """Give the failures of the machine (disk, memory) their place in the family; None for a bug of ours."""
+# How a collective says that it lost a peer: gloo in the text of a RuntimeError, NCCL and the store by a class of torch.
+_PEER_CLASSES = {"DistBackendError", "DistNetworkError", "DistStoreError"}
+_PEER_TEXTS = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Connection refused",
+               "Broken pipe", "Socket closed", "connectFullMesh failed", "Application timeout")  # fmt: skip
+
+
+def translate(error: BaseException) -> MinisdError | None:
+    """Give the failures of the machine (disk, memory, peers) their place in the family; None for a bug of ours."""
     if isinstance(error, MinisdError):
         return error
     if isinstance(error, OSError) and error.errno is not None:
         where = f"{error.filename}: " if error.filename is not None else ""
         return DiskError(f"{where}{error.strerror}. Free some space or choose another folder.")
+    detail = str(error).partition("\n")[0]
     # torch.OutOfMemoryError is a RuntimeError; the CPU allocator raises a plain one.
     if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
-        detail = str(error).splitlines()[0]
         return OutOfMemoryError(f"{detail}. Lower the batch size or the resolution, or use --gradient-checkpointing.")
+    # By name, so that this file needs no torch.
+    from_store = isinstance(error, RuntimeError) and any(text in str(error) for text in _PEER_TEXTS)
+    if from_store or type(error).__name__ in _PEER_CLASSES:
+        said = detail.split("] ", 1)[-1].partition(". ")[0].rstrip(".")  # without gloo's own file and its advice
+        return PeerError(
+            f"lost another process of the run, which ended or is stuck ({said}). What it says itself is the cause. "
+            "The same command goes on from the last checkpoint; if a rank was only slow, raise --dist-timeout."
+        )
     return None
 
 
@@ -108,15 +154,18 @@ def run_script(main: Callable[[], None], *, debug: bool, prefix: str = "") -> in
         prefix: put before the line, for example "[rank 1] ".
 
     Returns:
-        The exit code: 0, the code of a MinisdError, or 130 for an interrupt.
+        The exit code: 0, the code of a MinisdError, that of Stopped (75 or 130), or 130 for an interrupt.
     """
     try:
         main()
     except KeyboardInterrupt:
         print(f"{prefix}minisd: interrupted", file=sys.stderr)
         return 130
+    except Stopped as stop:
+        print(f"{prefix}minisd: {one_line(str(stop))}", file=sys.stderr)
+        return stop.exit_code
     except Exception as error:
-        known = _translate(error)
+        known = translate(error)
         if known is None or debug:
             traceback.print_exc()
         if known is None:

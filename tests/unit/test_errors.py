@@ -1,5 +1,7 @@
 """The family of errors: exit codes, one line, nothing hostile on the terminal."""
 
+from pathlib import Path
+
 import pytest
 
 from minisd import errors
@@ -20,6 +22,12 @@ from minisd import errors
         (errors.CheckpointError("x"), 9),
         (errors.OutputInUseError("x"), 10),
         (KeyboardInterrupt(), 130),
+        (errors.Stopped("SIGINT"), 130),
+        (errors.Stopped("SIGINT", Path("step-000002")), 75),
+        (errors.Stopped("SIGTERM"), 75),
+        (RuntimeError("[pair.cc:547] Connection closed by peer [127.0.0.1]:40123\nsecond line"), 1),
+        (RuntimeError("[unbound_buffer.cc:84] Timed out waiting 5000ms for recv operation to complete"), 1),
+        (type("DistBackendError", (RuntimeError,), {})("NCCL error"), 1),
     ],
 )
 def test_exit_codes_and_one_line(error, code, capsys):
@@ -58,3 +66,24 @@ def test_control_characters_are_escaped(capsys):
     assert "\x1b" not in said
     assert said.count("\n") == 1
     assert "\\x1b" in said
+
+
+def test_a_stop_is_no_exception_and_says_how_to_go_on(capsys):
+    def work():
+        try:
+            raise errors.Stopped("SIGTERM", Path("run/checkpoints/step-000002"))
+        except Exception:
+            pass
+
+    assert errors.run_script(work, debug=False, prefix="[rank 0] ") == 75
+    said = capsys.readouterr().err
+    assert said.startswith("[rank 0] minisd: stopped (SIGTERM); saved run/checkpoints/step-000002. The same command")
+    assert "error" not in said
+
+
+def test_a_lost_peer_is_told_from_a_bug():
+    known = errors.translate(RuntimeError("[pair.cc:547] Connection reset by peer"))
+    assert isinstance(known, errors.PeerError)
+    assert "--dist-timeout" in str(known)
+    assert errors.translate(RuntimeError("shape mismatch")) is None
+    assert errors.translate(KeyError("Connection reset by peer")) is None

@@ -1,0 +1,87 @@
+"""AdamW, with moments of 32 or of 8 bits: made, taken apart into named tensors for a checkpoint, and put back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from minisd.errors import CheckpointError, UsageError
+
+# bitsandbytes keeps smaller parameters in 32 bits, and one scale for so many numbers of the others.
+_SMALLEST_8BIT = 4096
+_BLOCK = 256
+
+
+def make_optimizer(
+    name: str, parameters: list[nn.Parameter], learning_rate: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """AdamW (arXiv:1711.05101), or the one of bitsandbytes with moments of 8 bits (arXiv:2110.02861).
+
+    Raises:
+        UsageError: bitsandbytes is asked for and not installed.
+    """
+    if name == "adamw":
+        return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise UsageError(
+            f"--optimizer {name} needs bitsandbytes ({error}). Run pip install bitsandbytes, or use --optimizer adamw."
+        ) from error
+    return bitsandbytes.optim.AdamW8bit(parameters, lr=learning_rate, weight_decay=weight_decay)
+
+
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[tuple[str, nn.Parameter]]
+) -> dict[str, Tensor]:
+    """Copies of the optimizer's state on the CPU, named "{parameter}/{item}"; empty before the first update.
+
+    Copies, because bitsandbytes lets all parameters share a table, and safetensors stores no tensor twice.
+    """
+    return {
+        f"{name}/{item}": torch.as_tensor(value).detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, parameter in parameters
+        for item, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[tuple[str, nn.Parameter]], tensors: Mapping[str, Tensor]
+) -> None:
+    """Put the state back. torch's own load_state_dict takes wrong shapes silently and fails a step later.
+
+    Raises:
+        CheckpointError: a tensor is missing, left over, or of another shape.
+    """
+    expected = {
+        f"{name}/{item}": shape
+        for name, parameter in parameters
+        for item, shape in _state_shapes(optimizer, parameter).items()
+    }
+    found = {key: tuple(value.shape) for key, value in tensors.items()}
+    if found != expected:
+        odd = next(key for key in [*expected, *found] if found.get(key) != expected.get(key))
+        raise CheckpointError(
+            f"optim.safetensors: {odd}: expected shape {expected.get(odd)}, got {found.get(odd)}. "
+            "It belongs to another run."
+        )
+    for name, parameter in parameters:
+        items = _state_shapes(optimizer, parameter).keys() - {"step"}
+        state = {item: tensors[f"{name}/{item}"].to(parameter.device) for item in items}
+        step = tensors[f"{name}/step"].clone()
+        # torch counts in a tensor on the CPU (on the device every update would wait for it), bitsandbytes in an int.
+        optimizer.state[parameter] = {"step": step if isinstance(optimizer, torch.optim.AdamW) else int(step), **state}
+
+
+def _state_shapes(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, tuple[int, ...]]:
+    """The items of a parameter's state, and their shapes."""
+    shape, count = tuple(parameter.shape), parameter.numel()
+    if isinstance(optimizer, torch.optim.AdamW):
+        return {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
+    moments: dict[str, tuple[int, ...]] = {"step": (), "state1": shape, "state2": shape}
+    if count < _SMALLEST_8BIT:
+        return moments
+    scales = (-(-count // _BLOCK),)
+    return moments | {"qmap1": (256,), "qmap2": (256,), "absmax1": scales, "absmax2": scales}
