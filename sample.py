@@ -6,7 +6,8 @@ base model that the LoRA names. What was chosen is printed, and written into eve
 
 import sys
 
-from minisd.config import DEFAULT_MODEL, DEFAULT_OUTPUT, SampleConfig, parse_args
+from minisd.command_line import parse_args
+from minisd.config import DEFAULT_MODEL, DEFAULT_OUTPUT, SampleConfig
 
 CONFIG = parse_args(SampleConfig) if __name__ == "__main__" else None  # before torch: --help and refusals at once
 
@@ -24,8 +25,8 @@ from minisd.errors import UsageError, WeightsError, run_script
 from minisd.images import image_grid, save_png, to_pil
 from minisd.lora import add_lora
 from minisd.lora_file import load_lora, read_lora_info
-from minisd.sampling import SamplingSettings, decode, denoise, native_size
-from minisd.weights import load_model
+from minisd.sampling import SamplingSettings, decode, denoise, native_size, parameters_text
+from minisd.weights import load_model, with_zero_terminal_snr
 
 log = logging.getLogger("sample")
 
@@ -80,20 +81,6 @@ def prompts_of(config: SampleConfig) -> list[str]:
     return prompts
 
 
-def parameters_text(settings: SamplingSettings, prompt: str, seed: int, model: str, lora_labels: list[str]) -> str:
-    """How a picture was drawn, in the form that other tools read from a PNG's "parameters"."""
-    sampler = settings.scheduler + (" karras" if settings.karras else "")
-    lines = [prompt]
-    if settings.negative_prompt:
-        lines.append(f"Negative prompt: {settings.negative_prompt}")
-    details = [
-        f"Steps: {settings.num_inference_steps}, Sampler: {sampler}, CFG scale: {settings.guidance_scale:g}",
-        f"Seed: {seed}, Size: {settings.width}x{settings.height}, Model: {Path(model).name}",
-        *[f"Lora: {label}" for label in lora_labels],
-    ]
-    return "\n".join([*lines, ", ".join(details)])
-
-
 def sample(config: SampleConfig) -> list[Path]:
     """Draw the pictures and their grid; returns the paths of the pictures.
 
@@ -107,7 +94,8 @@ def sample(config: SampleConfig) -> list[Path]:
     if existing and not config.overwrite:
         raise UsageError(f"{existing[0]} is there already. Choose another --output, or --overwrite.")
 
-    named = [info.base_model for lora in loras if (info := read_lora_info(lora.path)).base_model]
+    infos = [read_lora_info(lora.path) for lora in loras]
+    named = [info.base_model for info in infos if info.base_model]
     name = config.model if config.model is not None else named[0] if named else DEFAULT_MODEL
     for lora in loras:
         log.info("LoRA: %s, strength %g", lora.path, lora.scale)
@@ -117,6 +105,9 @@ def sample(config: SampleConfig) -> list[Path]:
     auto = "float16" if device == "cuda" else "float32"
     dtype = getattr(torch, auto if config.precision == "auto" else config.precision)
     model = load_model(name, revision=config.revision, variant=config.variant, dtype=dtype, device=device)
+    if any(info.recipe.get("zero_terminal_snr") for info in infos):
+        log.info("noise schedule: zero terminal SNR, as the LoRA was trained")
+        model = with_zero_terminal_snr(model)
     for index, lora in enumerate(loras):
         weights, _ = load_lora(lora.path, model.unet)
         add_lora(model.unet, weights, name=f"lora{index}", lora_scale=lora.scale)

@@ -1,27 +1,21 @@
-"""The options of the scripts: frozen dataclasses, their command line (tyro), and their checks.
+"""The options of the scripts: frozen dataclasses and their checks.
 
-Imports nothing slow, so that `--help` and a refusal come before torch is loaded. Option names are those of diffusers'
-training scripts where the meaning is the same; dashes and underscores are both accepted.
+Option names are those of diffusers' training scripts where the meaning is the same.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
-import re
-import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import tyro
 
-from minisd.errors import UsageError, one_line
+from minisd.errors import UsageError
 
 DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 DEFAULT_OUTPUT = Path("output")
+DEFAULT_STEPS = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +24,9 @@ class TrainConfig:
 
     data: Path
     """Folder of pictures with captions: DATA/train/metadata.csv with columns file_name,text (or metadata.jsonl, or a
-    .txt file beside each picture)."""
+    .txt file beside each picture, one caption a line)."""
     output: Path = DEFAULT_OUTPUT
-    """Folder for lora.safetensors, metrics.jsonl, config.json and checkpoints/."""
+    """Folder for lora.safetensors, metrics.jsonl, config.json, run_status.json, checkpoints/ and samples/."""
     model: str = DEFAULT_MODEL
     """Base model: a repo id on the Hub, a folder in diffusers layout, or "pocket", the small model in this folder."""
     revision: str | None = None
@@ -41,18 +35,33 @@ class TrainConfig:
     """Variant of the weight files, such as fp16."""
 
     resolution: int | None = None
-    """Side of the square training pictures in pixels; the model's own size if not given."""
-    center_crop: bool = False
-    """Crop the middle of each picture instead of a random part."""
+    """Training pictures have about resolution^2 pixels; the model's own size if not given."""
+    buckets: bool = True
+    """Keep each picture's shape, nearly: pictures of like shape are trained together. --no-buckets cuts squares."""
+    bucket_step: int | None = None
+    """Sides of the buckets are multiples of this many pixels; 64 if not given, less for a model of small pictures."""
+    upscale: bool = False
+    """Enlarge pictures that are smaller than their bucket, instead of giving them a smaller one."""
+    center_crop: bool = True
+    """Crop the middle of each picture; --no-center-crop takes a random part each time, and needs --no-cache-latents."""
     random_flip: bool = False
     """Mirror every other picture at random."""
-    caption_dropout: float = 0.0
+    caption_dropout: float = 0.1
     """Share of samples trained without their caption, which keeps classifier-free guidance healthy."""
+    trigger: str | None = None
+    """The word that calls the style up: put in front of captions and validation prompts that do not have it, or in the
+    place of [trigger] in them, and written into the LoRA file."""
+    cache_latents: bool = True
+    """Encode each picture once, before training; --no-cache-latents encodes it each time it comes up."""
+    cache_dir: Path | None = None
+    """Folder of cached latents and text embeddings; OUTPUT/cache if not given. Runs may share one."""
 
     train_batch_size: int = 1
     """Pictures in one forward pass of one process (a micro-step)."""
-    gradient_accumulation_steps: int = 4
-    """Micro-steps in an optimizer update (a step)."""
+    gradient_accumulation_steps: int | None = None
+    """Micro-steps in an optimizer update (a step); 4 if neither this nor --global-batch-size is given."""
+    global_batch_size: int | None = None
+    """Pictures in a step, over all processes and micro-steps; gives the accumulation."""
     max_train_steps: int | None = None
     """Length of the run in steps. Give this or --num-train-epochs; 2000 steps if neither."""
     num_train_epochs: int | None = None
@@ -66,12 +75,24 @@ class TrainConfig:
     """What the learning rate does after the warmup: fall to zero by a half cosine, or stay."""
     lr_warmup_steps: int = 0
     """Steps of linear warmup."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """AdamW, or the one of bitsandbytes with moments of 8 bits (pip install bitsandbytes)."""
     weight_decay: float = 1e-2
     """AdamW's weight decay."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0 leaves them alone."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """dtype of the frozen weights and of autocast. The adapter and Adam's moments are always float32."""
+    """dtype of the frozen weights and of the activations. The adapter and Adam's moments are always float32."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice instead of keeping them: less memory, a third more time."""
+    compile: bool = False
+    """Compile the UNet with torch.compile: minutes at the start, faster steps after it."""
+    snr_gamma: float | None = None
+    """Weight the loss by min(SNR, gamma) / SNR (min-SNR); 5 is usual, no weighting if not given."""
+    noise_offset: float = 0.0
+    """Shift the noise of each channel as a whole by this much of a normal draw, for darker and lighter pictures."""
+    zero_terminal_snr: bool = False
+    """Let the noise schedule end in pure noise, for a v-prediction model whose own does not."""
 
     rank: int = 16
     """Rank of the adapters."""
@@ -79,10 +100,10 @@ class TrainConfig:
     """The adapters are scaled by alpha / rank; alpha is rank if not given."""
     lora_dropout: float = 0.0
     """Dropout on the adapters' input."""
-    lora_targets: Literal["attn", "attn+ff"] = "attn"
-    """Layers that get an adapter: the attention projections, or the feed-forward layers too."""
-    trigger: str | None = None
-    """The word that calls the style up, written into the LoRA file for other tools to show."""
+    lora_targets: Literal["attn", "attn+ff", "all"] = "attn"
+    """Layers that get an adapter: the attention projections, the feed-forward layers too, or convolutions as well."""
+    init_lora: Path | None = None
+    """Start from the weights of this LoRA file, with a fresh optimizer. Not a way to resume."""
 
     checkpointing_steps: int = 500
     """Save the state of the run every this many steps, and at its end."""
@@ -91,6 +112,26 @@ class TrainConfig:
     resume_from_checkpoint: str = "latest"
     """"latest" goes on from the newest sound checkpoint in OUTPUT, if any; "never" sets an earlier run aside and starts
     anew; or the path of a checkpoint."""
+    allow_change: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Resume although this option, or "dataset", differs from the checkpoint's; may be given several times."""
+
+    validation_prompts: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Draw this prompt before training, along the run and at its end; may be given several times."""
+    validation_steps: int = 250
+    """Draw the validation prompts every this many steps."""
+    validation_num_images: int = 1
+    """Pictures of each validation prompt, from seed, seed + 1 ..."""
+    validation_inference_steps: int = 25
+    """Sampler steps of a validation picture."""
+    validation_guidance_scale: float = 7.5
+    """Guidance of a validation picture."""
+    report_to: Literal["auto", "tensorboard", "wandb", "none"] = "auto"
+    """Where curves and pictures are shown, beside metrics.jsonl; auto is TensorBoard if it is installed."""
+
+    preflight: bool = False
+    """Do not train: try three steps, a picture, a save and a reload, and say what the run will need."""
+    dist_timeout: float = 300.0
+    """Seconds that processes wait for each other after the first step before the run is given up."""
     seed: int = 0
     """Everything random about the run follows from it."""
     debug: bool = False
@@ -99,8 +140,15 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.max_train_steps is not None and self.num_train_epochs is not None:
             raise UsageError("--max-train-steps and --num-train-epochs exclude each other. Leave one out.")
-        for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "num_train_epochs", "rank",
-                     "checkpointing_steps", "resolution"):  # fmt: skip
+        if self.gradient_accumulation_steps is not None and self.global_batch_size is not None:
+            raise UsageError("--gradient-accumulation-steps and --global-batch-size exclude each other. Leave one out.")
+        if self.cache_latents and not self.center_crop:
+            raise UsageError(
+                "--no-center-crop: random crops cannot be cached. Add --no-cache-latents, or leave it out."
+            )
+        for name in ("train_batch_size", "gradient_accumulation_steps", "global_batch_size", "max_train_steps",
+                     "num_train_epochs", "rank", "checkpointing_steps", "resolution", "bucket_step",
+                     "validation_steps", "validation_num_images", "validation_inference_steps"):  # fmt: skip
             value = getattr(self, name)
             if value is not None:
                 _check(name, value, value >= 1, "a whole number of at least 1")
@@ -108,17 +156,47 @@ class TrainConfig:
             "learning_rate", self.learning_rate, 0 < self.learning_rate < 1, "a number between 0 and 1, such as 1e-4"
         )
         _check("alpha", self.alpha, self.alpha is None or 0 < self.alpha < 1e6, "a positive number")
+        _check("snr_gamma", self.snr_gamma, self.snr_gamma is None or 0 < self.snr_gamma < 1e6, "a positive number")
+        _check("dist_timeout", self.dist_timeout, 1 <= self.dist_timeout < 1e6, "seconds, at least 1")
+        _check("noise_offset", self.noise_offset, 0 <= self.noise_offset <= 1, "a number from 0 to 1, such as 0.05")
+        guidance = self.validation_guidance_scale
+        _check("validation_guidance_scale", guidance, 0 <= guidance < 1000, "a number from 0 to 1000")
         for name in ("lora_dropout", "caption_dropout"):
             _check(name, getattr(self, name), 0 <= getattr(self, name) < 1, "a share from 0 up to, not including, 1")
         for name in ("lr_warmup_steps", "weight_decay", "max_grad_norm", "dataloader_num_workers", "seed"):
             _check(name, getattr(self, name), 0 <= getattr(self, name) < 2**63, "0 or more")
         _check("checkpoints_total_limit", self.checkpoints_total_limit, self.checkpoints_total_limit >= 2,
                "at least 2: the newest may be the one being written")  # fmt: skip
+        if self.trigger is not None and not self.trigger.strip():
+            raise UsageError("--trigger is empty. Give a word, or leave it out.")
 
     @property
     def scale_alpha(self) -> float:
         """Alpha, or its default."""
         return float(self.rank) if self.alpha is None else self.alpha
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where latents and text embeddings are cached."""
+        return self.output / "cache" if self.cache_dir is None else self.cache_dir
+
+    def accumulation_steps(self, world_size: int) -> int:
+        """Micro-steps in a step of `world_size` processes.
+
+        Raises:
+            UsageError: --global-batch-size cannot be split so; names the nearest sizes that can.
+        """
+        if self.global_batch_size is None:
+            return 4 if self.gradient_accumulation_steps is None else self.gradient_accumulation_steps
+        micro = world_size * self.train_batch_size
+        steps, rest = divmod(self.global_batch_size, micro)
+        if rest:
+            nearest = " or ".join(str(size) for size in (steps * micro, (steps + 1) * micro) if size)
+            raise UsageError(
+                f"--global-batch-size {self.global_batch_size}: {world_size} processes of --train-batch-size "
+                f"{self.train_batch_size} make multiples of {micro}. Choose {nearest}, or another --train-batch-size."
+            )
+        return steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,33 +265,3 @@ class SampleConfig:
 def _check(name: str, value: Any, ok: bool, wanted: str) -> None:
     if not ok:
         raise UsageError(f"--{name.replace('_', '-')} {value}: expected {wanted}.")
-
-
-Config = TypeVar("Config", TrainConfig, SampleConfig)
-
-
-def parse_args(config_class: type[Config], arguments: Sequence[str] | None = None) -> Config:
-    """Read the command line into a config; a mistake ends the process with one line on stderr and exit code 2.
-
-    Args:
-        config_class: TrainConfig or SampleConfig.
-        arguments: the words after the script's name; those of the process if not given.
-    """
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(config_class, args=arguments)
-    except UsageError as error:
-        message = str(error)
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        # tyro draws a frame around its explanation: take the words out of it.
-        message = " ".join(re.sub(r"[^\x20-\x7e]|-{3,}|={3,}", " ", said.getvalue()).split())
-    print(f"minisd: error {UsageError.name}: {one_line(message)}", file=sys.stderr)
-    raise SystemExit(UsageError.exit_code)
-
-
-def as_json(config: TrainConfig | SampleConfig) -> str:
-    """The whole resolved config as JSON, one option a line."""
-    return json.dumps(asdict(config), indent=2, default=str) + "\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -102,3 +103,17 @@ def denoise(model: StableDiffusion, prompt: str, seeds: Sequence[int], settings:
 def decode(model: StableDiffusion, latents: Tensor) -> Tensor:
     """Decode latents [B, 4, h, w] one by one, to save memory: [B, 3, H, W] float32 in [0, 1] on the CPU."""
     return torch.cat([latents_to_images(model.vae, single).cpu() for single in latents.split(1)])
+
+
+def parameters_text(settings: SamplingSettings, prompt: str, seed: int, model: str, lora_labels: Sequence[str]) -> str:
+    """How a picture was drawn, in the form that other tools read from a PNG's "parameters"."""
+    sampler = settings.scheduler + (" karras" if settings.karras else "")
+    lines = [prompt]
+    if settings.negative_prompt:
+        lines.append(f"Negative prompt: {settings.negative_prompt}")
+    details = [
+        f"Steps: {settings.num_inference_steps}, Sampler: {sampler}, CFG scale: {settings.guidance_scale:g}",
+        f"Seed: {seed}, Size: {settings.width}x{settings.height}, Model: {Path(model).name}",
+        *[f"Lora: {label}" for label in lora_labels],
+    ]
+    return "\n".join([*lines, ", ".join(details)])

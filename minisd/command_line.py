@@ -1,0 +1,162 @@
+"""The scripts' command line: options, defaults from a file (--config), and mistakes said in one line.
+
+Imports nothing slow, so that `--help` and a refusal come before torch is loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import io
+import json
+import re
+import sys
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+import tyro
+
+from minisd.config import SampleConfig, TrainConfig
+from minisd.errors import UsageError, one_line
+
+Config = TypeVar("Config", TrainConfig, SampleConfig)
+
+
+@dataclass(frozen=True)
+class _CommandLine(Generic[Config]):
+    options: Annotated[Config, tyro.conf.arg(name="")]
+    config: Path | None = None
+    """Defaults from a TOML file of options, or from the config.json of an earlier run; options given here win."""
+
+
+def parse_args(config_class: type[Config], arguments: Sequence[str] | None = None) -> Config:
+    """Read the command line into a config; a mistake ends the process with one line on stderr and exit code 2.
+
+    Args:
+        config_class: TrainConfig or SampleConfig.
+        arguments: the words after the script's name; those of the process if not given.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    path, said = _config_path(words), io.StringIO()
+    try:
+        values = {} if path is None else read_config_file(path, config_class)
+        # tyro would add to the defaults of an option that may be given several times; what is said here replaces them.
+        given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in words if word.startswith("--")}
+        defaults = _defaults(config_class, {name: value for name, value in values.items() if name not in given})
+        with contextlib.redirect_stderr(said):
+            # mypy takes the subscripted class for a plain value.
+            command_line: Any = _CommandLine[config_class]  # type: ignore[valid-type]
+            return tyro.cli(
+                command_line,
+                args=words,
+                default=_CommandLine(options=defaults),
+                description=config_class.__doc__,
+            ).options
+    except UsageError as error:
+        message = str(error)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        # tyro draws a frame around its explanation: take the words out of it.
+        message = " ".join(re.sub(r"[^\x20-\x7e]|-{3,}|={3,}", " ", said.getvalue()).split())
+    if path is not None and str(path) not in message:
+        message += f" (With the defaults of {path}.)"
+    print(f"minisd: error {UsageError.name}: {one_line(message)}", file=sys.stderr)
+    raise SystemExit(UsageError.exit_code)
+
+
+def as_json(config: TrainConfig | SampleConfig) -> str:
+    """The whole resolved config as JSON, one option a line. `--config` reads it back."""
+    return json.dumps(asdict(config), indent=2, default=str) + "\n"
+
+
+def read_config_file(path: Path, config_class: type[Config]) -> dict[str, Any]:
+    """Read the options in a file: TOML, or the JSON that a run saved. Paths in it stay as they are written.
+
+    Args:
+        path: ends in .toml or .json.
+        config_class: what the options are checked against: their names (dashes or underscores) and their types.
+
+    Returns:
+        The options that the file names, as the config's fields have them.
+
+    Raises:
+        UsageError: the file cannot be read, or has an unknown option or a value of the wrong type.
+    """
+    read = {".toml": tomllib.loads, ".json": json.loads}.get(path.suffix.lower())
+    if read is None:
+        raise UsageError(f"--config {path}: expected a .toml file, or the config.json of an earlier run.")
+    try:
+        content = read(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--config {path}: cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"--config {path}: not valid {path.suffix[1:].upper()}: {error}.") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"--config {path}: expected options by name.")
+    hints = typing.get_type_hints(config_class)
+    values: dict[str, Any] = {}
+    for key, value in content.items():
+        name = key.replace("-", "_")
+        if name not in hints:
+            near = difflib.get_close_matches(name, hints, n=1)
+            help_ = f"Did you mean {near[0]!r}?" if near else "See --help for the options."
+            raise UsageError(f"--config {path}: unknown option {key!r}. {help_}")
+        if name in values:
+            raise UsageError(f"--config {path}: {key!r} is given twice, with dashes and with underscores.")
+        values[name] = _converted(value, hints[name])
+        if values[name] is MISSING:
+            raise UsageError(f"--config {path}: {key} = {value!r}: expected {_wanted(hints[name])}.")
+    return values
+
+
+def _config_path(words: list[str]) -> Path | None:
+    """The value of --config, wherever it stands. tyro needs the file's values before it reads the words."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", nargs="?", type=Path)  # "?": that the value is missing is for tyro to say
+    path: Path | None = parser.parse_known_args(words)[0].config
+    return path
+
+
+def _defaults(config_class: type[Config], values: Mapping[str, Any]) -> Config:
+    """A config with holes (tyro.MISSING), made without __init__: it is checked when the command line has filled it."""
+    config = object.__new__(config_class)
+    for field in fields(config_class):
+        default = tyro.MISSING if field.default is MISSING else field.default
+        object.__setattr__(config, field.name, values.get(field.name, default))
+    return config
+
+
+def _converted(value: Any, hint: Any) -> Any:
+    """A value of the file as the type of its option; MISSING if it is of another type."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return next((found for arg in args if (found := _converted(value, arg)) is not MISSING), MISSING)
+    if origin is Literal:
+        return value if isinstance(value, str) and value in args else MISSING
+    if origin is tuple:  # tuple[str, ...]
+        found = tuple(_converted(item, args[0]) for item in value) if isinstance(value, list) else (MISSING,)
+        return MISSING if MISSING in found else found
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if hint is float and type(value) is int:
+        return float(value)
+    return value if type(value) is hint else MISSING  # type(), because True is an int
+
+
+def _wanted(hint: Any) -> str:
+    """A type in a user's words."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_wanted(arg) for arg in args if arg is not types.NoneType)
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, args))}"
+    if origin is tuple:
+        return f"a list, each {_wanted(args[0])}"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path as text"}[hint]
