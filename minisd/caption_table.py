@@ -1,4 +1,4 @@
-"""Caption tables, read strictly: metadata.csv and metadata.jsonl to rows of (line, file_name, caption).
+"""Caption tables, read strictly: metadata.csv and metadata.jsonl to rows of (line, file_name, captions).
 
 Python's csv and json and not pandas, which reads the captions "NA" and "007" as numbers, and shifts the columns of a
 row with a comma too many, without a word. A table may come from a stranger: its names are held inside the dataset.
@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from minisd.errors import DataError
 from minisd.images import open_regular
@@ -26,11 +27,11 @@ _OUTSIDE = re.compile(r"\A\Z|\A/|/\Z|\A[A-Za-z]:|\\|\0|(\A|/)\.\.(/|\Z)|[\ud800-
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a table: the line it starts on (from 1), the name and the caption, exactly as written."""
+    """One row of a table: the line it starts on (from 1), the name and its captions, exactly as written."""
 
     line: int
     file_name: str
-    caption: str
+    captions: tuple[str, ...]
 
 
 def read_table(path: Path) -> list[Row]:
@@ -89,7 +90,7 @@ def _csv_rows(path: Path, text: str) -> Iterator[Row]:
                     'with commas in double quotes: "a, b".'
                 )
             record = dict(zip(header, fields, strict=True))
-            yield Row(line, record["file_name"], record["text"])
+            yield Row(line, record["file_name"], (record["text"],))
     except csv.Error as error:
         raise DataError(
             f"{str(path)!r}, line {next_line}: not CSV: {error}. Close the quotes; double a quote inside quotes."
@@ -109,7 +110,7 @@ def _checked_header(where: str, header: list[str]) -> list[str]:
 
 
 def _jsonl_rows(path: Path, text: str) -> Iterator[Row]:
-    """Rows of a file with one JSON object a line; blank lines are skipped."""
+    """Rows of a file with one JSON object a line, its text one caption or a list of them; blank lines are skipped."""
     for line, source in enumerate(text.split("\n"), start=1):
         if not source.strip():
             continue
@@ -119,14 +120,18 @@ def _jsonl_rows(path: Path, text: str) -> Iterator[Row]:
             record = json.loads(source)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{where}: not JSON: {error}; {wanted}, one a line.") from error
-        values = [record.get(column) if isinstance(record, dict) else None for column in COLUMNS]
-        file_name, caption = values
-        if not isinstance(file_name, str) or not isinstance(caption, str):
+        record = record if isinstance(record, dict) else {}
+        file_name, said = record.get("file_name"), record.get("text")
+        captions: list[Any] = said if isinstance(said, list) and said else [said]
+        if not isinstance(file_name, str) or not all(isinstance(caption, str) for caption in captions):
             raise DataError(f"{where}: {wanted}, both text, got {source.strip()[:80]!r}. Correct the line.")
-        # JSON can spell what UTF-8 text cannot hold, and no tokenizer takes.
-        if "\0" in caption or any("\ud800" <= character <= "\udfff" for character in caption):
-            raise DataError(f"{where}: the caption has a NUL or half a surrogate pair: {caption[:80]!r}. Correct it.")
-        yield Row(line, file_name, caption)
+        for caption in captions:
+            # JSON can spell what UTF-8 text cannot hold, and no tokenizer takes.
+            if "\0" in caption or any("\ud800" <= character <= "\udfff" for character in caption):
+                raise DataError(
+                    f"{where}: the caption has a NUL or half a surrogate pair: {caption[:80]!r}. Correct it."
+                )
+        yield Row(line, file_name, tuple(captions))
 
 
 def resolve_inside(root: Path, folder: Path, name: str, where: str) -> Path:

@@ -1,33 +1,19 @@
-"""From a folder of captioned pictures to the micro-batches of a run.
-
-Order of the run: the samples have positions 0, 1, 2 ...; every len(examples) positions are an epoch, in which each
-picture comes once, in an order of its own. An epoch does not end with a step: the next one starts in the middle of it,
-so nothing is dropped or padded. Which position a process trains in which micro-step is `positions_of`; everything
-random about a position is in draws.py.
-
-Shapes: B pictures in a micro-batch, R the training resolution.
-"""
+"""A folder of captioned pictures: which there are, what their captions say, and what is known of each beforehand."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass
-from functools import lru_cache, partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from minisd import draws
 from minisd.caption_table import read_table, read_text, resolve_inside
-from minisd.config import TrainConfig
-from minisd.distributed import Distributed
 from minisd.errors import DataError
-from minisd.images import load_image, to_pixel_values
+from minisd.images import load_image, open_regular
 
 log = logging.getLogger(__name__)
 
@@ -37,16 +23,24 @@ _TABLES = ("metadata.csv", "metadata.jsonl")
 
 @dataclass(frozen=True)
 class Example:
-    """A picture (a regular file inside the dataset, links resolved) and its caption, exactly as written."""
+    """A picture (a regular file in the dataset, links resolved) and its captions, of which one is drawn each time."""
 
     path: Path
-    caption: str
+    captions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What is known of a picture: the SHA-256 of its file, and its (height, width) in pixels, upright."""
+
+    sha256: str
+    size: tuple[int, int]
 
 
 def read_dataset(folder: Path) -> list[Example]:
     """List a dataset: metadata.csv or metadata.jsonl in the folder or its train/, else a .txt beside each picture.
 
-    Pictures that the table does not name are counted in a warning. No picture is opened; see `check_pictures`.
+    Pictures that the table does not name are counted in a warning. No picture is opened; see `survey`.
 
     Returns:
         In the order of the table, or sorted by name; at least one.
@@ -74,7 +68,7 @@ def _from_table(root: Path, table: Path) -> list[Example]:
         if path in lines:
             raise DataError(f"{where}: {row.file_name!r} has a row already, in line {lines[path]}. Delete one of them.")
         lines[path] = row.line
-        examples.append(Example(path, row.caption))
+        examples.append(Example(path, row.captions))
     unlisted = [name for name in _pictures(table.parent) if (table.parent / name).resolve() not in lines]
     if unlisted:
         log.warning("%d pictures have no row in %s and are not used: %s", len(unlisted), table, _some(unlisted))
@@ -99,7 +93,12 @@ def _from_sidecars(root: Path) -> list[Example]:
     def inside(name: Path) -> Path:
         return resolve_inside(root, root, name.as_posix(), repr(str(root)))
 
-    return [Example(inside(name), read_text(inside(name.with_suffix(".txt"))).strip()) for name in names]
+    def captions(name: Path) -> tuple[str, ...]:
+        # Not splitlines, which also splits at characters that a caption may have, such as U+2028.
+        lines = read_text(inside(name.with_suffix(".txt"))).replace("\r", "\n").split("\n")
+        return tuple(line.strip() for line in lines if line.strip()) or ("",)
+
+    return [Example(inside(name), captions(name)) for name in names]
 
 
 def _pictures(folder: Path) -> list[Path]:
@@ -113,138 +112,32 @@ def _some(names: Sequence[Path]) -> str:
     return ", ".join(repr(str(name)) for name in names[:3]) + (" and more" if len(names) > 3 else "")
 
 
-def check_pictures(examples: Sequence[Example]) -> None:
-    """Decode every picture once, so that a damaged one ends the run before it begins and not at step 900.
+def with_trigger(caption: str, trigger: str | None) -> str:
+    """A caption that has the trigger word: in the place of "[trigger]", else in front unless it is there already."""
+    if trigger is None:
+        return caption
+    if "[trigger]" in caption:
+        return caption.replace("[trigger]", trigger)
+    if trigger.casefold() in caption.casefold():
+        return caption
+    return f"{trigger}, {caption}" if caption else trigger
+
+
+def sha256_of_picture(path: Path) -> str:
+    """SHA-256 of a file's content, in hex. Raises DataError if it cannot be read."""
+    with open_regular(path) as file:
+        return hashlib.sha256(file.read()).hexdigest()
+
+
+def survey(examples: Sequence[Example], *, quiet: bool) -> list[Survey]:
+    """Hash every picture and decode it once, so that a damaged one ends the run before it begins, not at step 900.
 
     Raises:
         DataError: a picture cannot be used; names it.
     """
-    for example in tqdm(examples, desc="check", unit="picture", disable=None if len(examples) > 200 else True):
-        load_image(example.path)
-
-
-@lru_cache(maxsize=4)
-def _epoch_order(seed: int, epoch: int, count: int) -> list[int]:
-    return draws.permutation(seed, epoch, count)
-
-
-def image_index(position: int, count: int, seed: int) -> int:
-    """Which of `count` pictures a position of the run shows. Pure: any epoch's order is drawn from (seed, epoch)."""
-    epoch, place = divmod(position, count)
-    return _epoch_order(seed, epoch, count)[place]
-
-
-def positions_of(
-    step: int, rank: int, world_size: int, train_batch_size: int, accumulation_steps: int, micro_step: int
-) -> range:
-    """The positions of the run in one micro-batch of one process.
-
-    Step s of G = world_size x accumulation_steps x train_batch_size samples holds the positions [s G, (s + 1) G),
-    however G is split: cut into blocks of train_batch_size, of which the first world_size blocks are micro-step 0 of
-    rank 0, 1 ..., the next ones micro-step 1, and so on.
-    """
-    block = (step * accumulation_steps + micro_step) * world_size + rank
-    return range(block * train_batch_size, (block + 1) * train_batch_size)
-
-
-@dataclass(frozen=True)
-class MicroBatchSampler:
-    """The micro-batches of one process from one step up to another, as lists of positions (torch's batch sampler)."""
-
-    start_step: int
-    max_steps: int
-    rank: int
-    world_size: int
-    train_batch_size: int
-    accumulation_steps: int
-
-    def __iter__(self) -> Iterator[list[int]]:
-        split = (self.rank, self.world_size, self.train_batch_size, self.accumulation_steps)
-        for step in range(self.start_step, self.max_steps):
-            for micro_step in range(self.accumulation_steps):
-                yield list(positions_of(step, *split, micro_step))
-
-    def __len__(self) -> int:
-        return max(0, self.max_steps - self.start_step) * self.accumulation_steps
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One position of the run: index into the examples, caption, pixel_values [3, R, R] float32 in [-1, 1]."""
-
-    position: int
-    index: int
-    caption: str
-    pixel_values: Tensor
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Samples of a micro-batch: positions, indices and captions of length B, pixel_values [B, 3, R, R]."""
-
-    positions: list[int]
-    indices: list[int]
-    captions: list[str]
-    pixel_values: Tensor
-
-
-@dataclass(frozen=True)
-class CaptionedImages(Dataset[Sample]):
-    """Position of the run -> sample. A picture is decoded each time it comes up, which worker processes hide."""
-
-    examples: Sequence[Example]
-    resolution: int
-    _: KW_ONLY
-    center_crop: bool
-    random_flip: bool
-    seed: int
-
-    def path_of(self, position: int) -> Path:
-        """The picture that a position of the run shows."""
-        return self.examples[image_index(position, len(self.examples), self.seed)].path
-
-    def __getitem__(self, position: int) -> Sample:
-        index = image_index(position, len(self.examples), self.seed)
-        crop = None if self.center_crop else draws.crop(self.seed, position)
-        flip = self.random_flip and draws.flip(self.seed, position)
-        image = load_image(self.examples[index].path)
-        pixel_values = to_pixel_values(image, self.resolution, crop=crop, flip=flip)
-        return Sample(position, index, self.examples[index].caption, pixel_values)
-
-
-def collate(samples: Sequence[Sample], *, seed: int, caption_dropout: float) -> Batch:
-    """Put samples together; a share `caption_dropout` of the captions, drawn by position, becomes ""."""
-    captions = ["" if draws.caption_dropout(seed, s.position) < caption_dropout else s.caption for s in samples]
-    pixel_values = torch.stack([s.pixel_values for s in samples])
-    return Batch([s.position for s in samples], [s.index for s in samples], captions, pixel_values)
-
-
-def training_batches(
-    dataset: CaptionedImages, config: TrainConfig, dist: Distributed, start_step: int, max_steps: int
-) -> Iterator[Batch]:
-    """The micro-batches of this process, in order: gradient_accumulation_steps of them for each step.
-
-    Raises:
-        DataError: a picture has changed or gone since it was checked.
-    """
-    sampler = MicroBatchSampler(
-        start_step, max_steps, dist.rank, dist.world_size, config.train_batch_size, config.gradient_accumulation_steps
-    )
-    loader = DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=config.dataloader_num_workers,
-        collate_fn=partial(collate, seed=config.seed, caption_dropout=config.caption_dropout),
-        worker_init_fn=_leave_process_group,
-        generator=torch.Generator(),  # or it would draw from the global generator
-    )
-    try:
-        yield from loader
-    except DataError as error:
-        # A worker's exception arrives with its traceback in front; the message itself is one line.
-        raise DataError(str(error).splitlines()[-1].removeprefix("minisd.errors.DataError: ")) from error
-
-
-def _leave_process_group(worker: int) -> None:
-    """Torchrun and Ctrl-C signal the whole group; a reader that died of it would take the last save with it."""
-    os.setpgrp()  # and not SIG_IGN: the reader must still obey its parent
+    found = []
+    for example in tqdm(examples, desc="check", unit="picture", disable=quiet or len(examples) <= 200):
+        sha256 = sha256_of_picture(example.path)
+        width, height = load_image(example.path).size
+        found.append(Survey(sha256, (height, width)))
+    return found

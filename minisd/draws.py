@@ -4,9 +4,10 @@ There is no random state: a resumed run draws what the uninterrupted one would h
 micro-steps draws what four processes draw with one. A position counts samples from the start of the run: step s with
 global batch size G holds the positions s * G to (s + 1) * G - 1.
 
-To reimplement: each kind of draw has a key, the first 8 bytes (big-endian, top bit cleared) of
+To reimplement: each kind of draw has a key, the first 8 bytes (big-endian, shifted right by one bit) of
 SHA-256("minisd/1/{purpose}/{seed}/{position}") with the purpose named below. The key seeds a new PyTorch CPU generator
-(mt19937, `torch.Generator().manual_seed(key)`), and the draws of that kind are the generator's first outputs.
+(mt19937, `torch.Generator().manual_seed(key)`), and the draws of that kind are the generator's first outputs. (torch
+uses the low 32 bits of a seed: among 100,000 samples, about one pair has the same noise.)
 """
 
 from __future__ import annotations
@@ -33,6 +34,12 @@ def _uniform(purpose: str, seed: int, position: int, count: int) -> list[float]:
 def permutation(seed: int, epoch: int, count: int) -> list[int]:
     """The order of `count` images in an epoch. Purpose "epoch", with the epoch as position; `torch.randperm`."""
     order: list[int] = torch.randperm(count, generator=generator_for("epoch", seed, epoch)).tolist()
+    return order
+
+
+def batch_order(seed: int, epoch: int, count: int) -> list[int]:
+    """The order of an epoch's `count` batches. Purpose "batches", with the epoch as position; `torch.randperm`."""
+    order: list[int] = torch.randperm(count, generator=generator_for("batches", seed, epoch)).tolist()
     return order
 
 
@@ -65,6 +72,18 @@ def crop(seed: int, position: int) -> tuple[float, float]:
 def caption_dropout(seed: int, position: int) -> float:
     """A number in [0, 1); a caption is left out where it is below the rate. Purpose "caption"; `torch.rand` float64."""
     return _uniform("caption", seed, position, 1)[0]
+
+
+def caption_choice(seed: int, position: int, count: int) -> int:
+    """Which of a picture's `count` captions. Purpose "choice"; `torch.randint`."""
+    return int(torch.randint(count, (), generator=generator_for("choice", seed, position)))
+
+
+def noise_offset(seed: int, position: int, channels: int) -> Tensor:
+    """How far each channel of the noise is shifted, standard normal float32 [4, 1, 1], before it is multiplied by
+    --noise-offset. Purpose "offset"; `torch.randn` of (channels, 1, 1).
+    """
+    return torch.randn((channels, 1, 1), generator=generator_for("offset", seed, position))
 
 
 def dropout_seed(seed: int, position: int) -> int:

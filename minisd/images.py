@@ -3,7 +3,7 @@
 A picture comes from anywhere, so it is read with suspicion: a regular file, a known format, a size checked before a
 pixel is decoded, and every pixel decoded before it is used.
 
-Shapes: B pictures, H W their height and width, R the training resolution.
+Shapes: B pictures, H W their height and width.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
 from minisd.atomic import write_atomically
+from minisd.buckets import Geometry
 from minisd.errors import DataError, NonFiniteError, UsageError, one_line
 
 # The default of diffusers' training scripts since 2025 (huggingface/diffusers#11206): keeps fine detail when a photo
@@ -156,28 +157,30 @@ def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     return image.convert("RGB") if converted is None else converted
 
 
-def to_pixel_values(image: Image.Image, resolution: int, *, crop: tuple[float, float] | None, flip: bool) -> Tensor:
-    """Resize so that the shorter side is R, cut an R x R square out, mirror it, and scale it to [-1, 1].
+def to_pixel_values(image: Image.Image, geometry: Geometry, *, crop: tuple[float, float] | None, flip: bool) -> Tensor:
+    """Resize a picture, cut H x W out, mirror it, and scale it to [-1, 1].
 
-    The same operations in the same order as diffusers' train_text_to_image_lora.py, to the bit.
+    With buckets.square_geometry the same operations in the same order as diffusers' train_text_to_image_lora.py, to the
+    bit.
 
     Args:
         image: RGB, any size.
-        resolution: R.
-        crop: how far down and right the square lies, fractions in [0, 1) of the room there is; None: in the middle.
+        geometry: sizes to resize to and to cut out.
+        crop: how far down and right the cut lies, fractions in [0, 1) of the room there is; None: in the middle.
         flip: mirror left and right.
 
     Returns:
-        [3, R, R] float32 in [-1, 1].
+        [3, H, W] float32 in [-1, 1].
     """
-    image = tvf.resize(image, [resolution], interpolation=INTERPOLATION)
+    height, width = geometry.size
+    image = tvf.resize(image, list(geometry.resized), interpolation=INTERPOLATION)
     if crop is None:
-        image = tvf.center_crop(image, [resolution, resolution])
+        image = tvf.center_crop(image, [height, width])
     else:
-        # + 1: a square of side R fits in a side of length N at N - R + 1 places, both borders among them.
-        top = int(crop[0] * (image.height - resolution + 1))
-        left = int(crop[1] * (image.width - resolution + 1))
-        image = tvf.crop(image, top, left, resolution, resolution)
+        # + 1: a side of R fits in one of length N at N - R + 1 places, both borders among them.
+        top = int(crop[0] * (image.height - height + 1))
+        left = int(crop[1] * (image.width - width + 1))
+        image = tvf.crop(image, top, left, height, width)
     if flip:
         image = tvf.horizontal_flip(image)
     # Division as in ToTensor: v2.ToDtype(scale=True) multiplies by 1 / 255, which is another float32 now and then.

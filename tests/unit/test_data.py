@@ -1,35 +1,18 @@
 import csv
+import hashlib
 import json
 import logging
 import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from minisd import draws
-from minisd.config import TrainConfig
-from minisd.data import (
-    CaptionedImages,
-    Example,
-    MicroBatchSampler,
-    check_pictures,
-    image_index,
-    positions_of,
-    read_dataset,
-    training_batches,
-)
-from minisd.distributed import Distributed
+from minisd.caption_table import Row, read_table
+from minisd.data import Example, Survey, read_dataset, survey, with_trigger
 from minisd.errors import DataError
-from minisd.images import load_image, to_pixel_values
-
-ALONE = Distributed(0, 1, torch.device("cpu"))
 
 
 def _picture(path: Path, colour: int = 0, size: tuple[int, int] = (20, 16)) -> Path:
@@ -46,7 +29,10 @@ def _dataset(folder: Path, table: str | bytes, names: tuple[str, ...] = ("a.png"
 
 
 def _captions(folder: Path) -> dict[str, str]:
-    return {example.path.name: example.caption for example in read_dataset(folder)}
+    """Name -> the one caption of each picture."""
+    examples = read_dataset(folder)
+    assert all(len(example.captions) == 1 for example in examples)
+    return {example.path.name: example.captions[0] for example in examples}
 
 
 # --- tables ---
@@ -55,7 +41,7 @@ def _captions(folder: Path) -> dict[str, str]:
 def test_order_is_that_of_the_table_and_both_places_are_found(tmp_path: Path) -> None:
     _dataset(tmp_path, "file_name,text\nb.png,two\na.png,one\n")
     train = (tmp_path / "train").resolve()
-    wanted = [Example(train / "b.png", "two"), Example(train / "a.png", "one")]
+    wanted = [Example(train / "b.png", ("two",)), Example(train / "a.png", ("one",))]
     assert read_dataset(tmp_path) == wanted
     assert read_dataset(tmp_path / "train") == wanted
 
@@ -94,6 +80,15 @@ def test_jsonl_captions_come_back_as_written(tmp_path: Path) -> None:
         lines.append(json.dumps({"text": caption, "file_name": f"{i}.png", "more": [1]}, ensure_ascii=i % 2 == 0))
     (tmp_path / "metadata.jsonl").write_text("\n\n".join(lines) + "\r\n", encoding="utf-8")
     assert _captions(tmp_path) == {f"{i}.png": caption for i, caption in enumerate(ODD)}
+
+
+def test_a_jsonl_text_may_be_a_list_of_captions(tmp_path: Path) -> None:
+    rows = [{"file_name": "a.png", "text": ODD}, {"file_name": "b.png", "text": ["one"]}]
+    for row in rows:
+        _picture(tmp_path / str(row["file_name"]))
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert read_table(tmp_path / "metadata.jsonl") == [Row(1, "a.png", tuple(ODD)), Row(2, "b.png", ("one",))]
+    assert [example.captions for example in read_dataset(tmp_path)] == [tuple(ODD), ("one",)]
 
 
 def test_names_with_folders_and_odd_characters(tmp_path: Path) -> None:
@@ -220,9 +215,14 @@ def test_a_pipe_in_a_row_or_for_a_table_is_refused_without_waiting(tmp_path: Pat
         ("[]", "expected"),
         ('{"file_name": "a.png"}', "expected"),
         ('{"file_name": "a.png", "text": null}', "expected"),
+        ('{"file_name": "a.png", "text": []}', "expected"),
+        ('{"file_name": "a.png", "text": ["x", 7]}', "expected"),
+        ('{"file_name": "a.png", "text": ["x", ["y"]]}', "expected"),
+        ('{"file_name": "a.png", "text": {"x": 1}}', "expected"),
         ('{"file_name": 7, "text": "x"}', "expected"),
         ('{"file_name": "a.png", "text": "x\\u0000"}', "NUL or half a surrogate"),
         ('{"file_name": "a.png", "text": "x\\ud800"}', "NUL or half a surrogate"),
+        ('{"file_name": "a.png", "text": ["x", "y\\u0000"]}', "NUL or half a surrogate"),
     ],
 )
 def test_bad_json_lines_are_refused(tmp_path: Path, line: str, message: str) -> None:
@@ -263,9 +263,28 @@ def test_sidecar_captions_in_the_order_of_the_names(tmp_path: Path) -> None:
     _picture(tmp_path / ".cache" / "hidden.png")
     examples = read_dataset(tmp_path)
     assert [example.path.name for example in examples] == ["B.bmp", "a.JPG", "b.png", "c.webp"]
-    assert [example.caption for example in examples] == [
-        f"caption of {name}" for name in ("B.bmp", "a.JPG", "b.png", "sub/c.webp")
+    assert [example.captions for example in examples] == [
+        (f"caption of {name}",) for name in ("B.bmp", "a.JPG", "b.png", "sub/c.webp")
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "captions"),
+    [
+        ("one\ntwo", ("one", "two")),
+        ("one\r\ntwo\r\n", ("one", "two")),
+        ("one\rtwo", ("one", "two")),
+        ("\n\n one \n\t\n  two\n\n", ("one", "two")),
+        ("same\nsame", ("same", "same")),  # twice as likely
+        ("one\u2028still one\x85and\x0con", ("one\u2028still one\x85and\x0con",)),
+        ("\ufeffone", ("one",)),
+        ("", ("",)),
+        (" \n\n", ("",)),
+    ],
+)
+def test_a_sidecar_has_one_caption_a_line(tmp_path: Path, text: str, captions: tuple[str, ...]) -> None:
+    _picture(tmp_path / "a.png").with_suffix(".txt").write_bytes(text.encode())
+    assert [example.captions for example in read_dataset(tmp_path)] == [captions]
 
 
 def test_pictures_without_caption_are_refused_with_their_names(tmp_path: Path) -> None:
@@ -309,170 +328,55 @@ def test_file_names_that_are_not_text_are_refused(tmp_path: Path) -> None:
     str(caught.value).encode()
 
 
+# --- trigger words ---
+
+
+@pytest.mark.parametrize(
+    ("caption", "trigger", "wanted"),
+    [
+        ("a cat", None, "a cat"),
+        ("a [trigger] cat", None, "a [trigger] cat"),
+        ("a cat", "sks", "sks, a cat"),
+        ("", "sks", "sks"),
+        ("a [trigger] cat in [trigger] style", "sks", "a sks cat in sks style"),
+        ("[trigger]", "sks", "sks"),
+        ("a SKS cat", "sks", "a SKS cat"),
+        ("a stra\xdfe", "STRASSE", "a stra\xdfe"),
+        ("8bit city", "8bit", "8bit city"),
+        ("a \\1 cat", "\\g<0>", "\\g<0>, a \\1 cat"),  # a trigger is text, no pattern
+    ],
+)
+def test_the_trigger_word_is_in_every_caption_once_it_is_given(caption: str, trigger: str | None, wanted: str) -> None:
+    assert with_trigger(caption, trigger) == wanted
+    assert with_trigger(wanted, trigger) == wanted  # and is not put in again
+
+
 # --- pictures ---
 
 
-def test_check_pictures_names_the_one_that_is_bad(tmp_path: Path) -> None:
-    examples = [Example(_picture(tmp_path / f"{i}.png"), "x") for i in range(4)]
-    check_pictures(examples)
+def test_a_survey_has_the_hash_and_the_upright_size(tmp_path: Path) -> None:
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.new("RGB", (20, 16)).save(tmp_path / "turned.png", exif=turned)
+    paths = [_picture(tmp_path / "a.png"), _picture(tmp_path / "b.png", 9, (7, 30)), tmp_path / "turned.png"]
+    surveys = survey([Example(path, ("x",)) for path in paths], quiet=True)
+    hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+    assert surveys == [Survey(h, size) for h, size in zip(hashes, [(16, 20), (30, 7), (20, 16)], strict=True)]
+
+
+def test_a_survey_names_the_picture_that_is_bad(tmp_path: Path) -> None:
+    examples = [Example(_picture(tmp_path / f"{i}.png"), ("x",)) for i in range(4)]
+    assert len(survey(examples, quiet=False)) == 4
     data = (tmp_path / "2.png").read_bytes()
-    (tmp_path / "2.png").write_bytes(data[: len(data) // 2])
-    with pytest.raises(DataError, match=r"2\.png") as caught:
-        check_pictures(examples)
-    assert caught.value.exit_code == 3
-
-
-# --- the plan of samples ---
-
-
-@pytest.mark.parametrize("count", [1, 2, 7, 100])
-def test_every_epoch_is_a_permutation_of_its_own(count: int) -> None:
-    epochs = [[image_index(e * count + i, count, seed=5) for i in range(count)] for e in range(6)]
-    assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
-    if count > 2:
-        assert len({tuple(epoch) for epoch in epochs}) > 4
-        assert epochs[0] != [image_index(i, count, seed=6) for i in range(count)]
-    # Pure: any order of asking, and epochs long out of the cache, give the same answer.
-    positions = list(range(6 * count))
-    random.Random(0).shuffle(positions)
-    assert all(image_index(p, count, seed=5) == epochs[p // count][p % count] for p in positions)
-
-
-SPLITS = [(1, 4, 1), (1, 1, 4), (2, 2, 1), (2, 1, 2), (4, 1, 1)]  # processes, micro-steps, batch
-
-
-@pytest.mark.parametrize(("world_size", "accumulation", "batch"), [*SPLITS, (3, 2, 5), (1, 1, 1)])
-def test_any_split_of_a_step_covers_the_same_positions(world_size: int, accumulation: int, batch: int) -> None:
-    size = world_size * accumulation * batch
-    for step in (0, 1, 17):
-        parts = [
-            positions_of(step, rank, world_size, batch, accumulation, micro_step)
-            for rank in range(world_size)
-            for micro_step in range(accumulation)
-        ]
-        assert all(len(part) == batch for part in parts)
-        assert sorted(p for part in parts for p in part) == list(range(step * size, (step + 1) * size))
-
-
-def test_the_sampler_lists_the_micro_batches_of_a_rank() -> None:
-    sampler = MicroBatchSampler(3, 5, rank=1, world_size=2, train_batch_size=2, accumulation_steps=2)
-    assert list(sampler) == [[26, 27], [30, 31], [34, 35], [38, 39]]
-    assert len(sampler) == 4
-    whole = MicroBatchSampler(0, 5, rank=1, world_size=2, train_batch_size=2, accumulation_steps=2)
-    assert list(whole)[6:] == list(sampler)
-    assert len(MicroBatchSampler(5, 5, 0, 1, 1, 1)) == len(list(MicroBatchSampler(5, 5, 0, 1, 1, 1))) == 0
-
-
-def _noisy_examples(folder: Path, count: int = 5) -> list[Example]:
-    rng = np.random.default_rng(0)
-    for i in range(count):
-        pixels = rng.integers(0, 256, (24 + i, 40, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i}.png")
-    return [Example(folder / f"{i}.png", f"caption {i}") for i in range(count)]
-
-
-def test_a_sample_is_the_drawn_crop_and_flip_of_its_picture(tmp_path: Path) -> None:
-    examples = _noisy_examples(tmp_path)
-    random_crop = CaptionedImages(examples, 16, center_crop=False, random_flip=True, seed=3)
-    centred = CaptionedImages(examples, 16, center_crop=True, random_flip=False, seed=3)
-    flips = set()
-    for position in range(20):
-        sample = random_crop[position]
-        index = image_index(position, 5, 3)
-        image = load_image(examples[index].path)
-        flip = draws.flip(3, position)
-        flips.add(flip)
-        wanted = to_pixel_values(image, 16, crop=draws.crop(3, position), flip=flip)
-        assert (sample.position, sample.index, sample.caption) == (position, index, f"caption {index}")
-        assert torch.equal(sample.pixel_values, wanted)
-        assert random_crop.path_of(position) == examples[index].path
-        assert torch.equal(centred[position].pixel_values, to_pixel_values(image, 16, crop=None, flip=False))
-    assert flips == {True, False}
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_batches_are_the_same_however_a_step_is_split(tmp_path: Path, workers: int) -> None:
-    dataset = CaptionedImages(_noisy_examples(tmp_path), 16, center_crop=False, random_flip=True, seed=3)
-    state = torch.get_rng_state()
-    runs = []
-    for world_size, accumulation, batch in SPLITS if workers == 0 else SPLITS[:1]:
-        config = TrainConfig(
-            data=tmp_path,
-            train_batch_size=batch,
-            gradient_accumulation_steps=accumulation,
-            dataloader_num_workers=workers,
-            caption_dropout=0.5,
-            seed=3,
-        )
-        samples = {}
-        for rank in range(world_size):
-            dist = Distributed(rank, world_size, torch.device("cpu"))
-            for got in training_batches(dataset, config, dist, 1, 4):
-                assert got.pixel_values.shape == (batch, 3, 16, 16)
-                for i, position in enumerate(got.positions):
-                    samples[position] = (got.indices[i], got.captions[i], got.pixel_values[i])
-        assert sorted(samples) == list(range(4, 16))
-        runs.append(samples)
-    for samples in runs:
-        for position, (index, caption, pixel_values) in samples.items():
-            wanted = dataset[position]
-            dropped = draws.caption_dropout(3, position) < 0.5
-            assert (index, caption) == (wanted.index, "" if dropped else wanted.caption)
-            assert torch.equal(pixel_values, wanted.pixel_values)
-    assert {caption == "" for _, caption, _ in runs[0].values()} == {True, False}
-    assert torch.equal(state, torch.get_rng_state())  # reading draws nothing from the global generator
-
-
-def test_a_rank_has_as_many_batches_as_the_others_even_with_fewer_pictures_than_ranks(tmp_path: Path) -> None:
-    dataset = CaptionedImages(_noisy_examples(tmp_path, 2), 16, center_crop=True, random_flip=False, seed=0)
-    config = TrainConfig(data=tmp_path, train_batch_size=4, gradient_accumulation_steps=1)
-    for rank in range(3):
-        assert len(list(training_batches(dataset, config, Distributed(rank, 3, torch.device("cpu")), 0, 2))) == 2
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_picture_that_vanishes_in_mid_run_is_named_in_one_line(tmp_path: Path, workers: int) -> None:
-    dataset = CaptionedImages(_noisy_examples(tmp_path), 16, center_crop=True, random_flip=False, seed=0)
+    for bad, message in ((data[:-30], "damaged"), (b"<html>", "not a picture"), (b"", "not a picture")):
+        (tmp_path / "2.png").write_bytes(bad)
+        with pytest.raises(DataError, match=rf"2\.png': {message}") as caught:
+            survey(examples, quiet=True)
+        assert caught.value.exit_code == 3
     (tmp_path / "2.png").unlink()
-    config = TrainConfig(data=tmp_path, dataloader_num_workers=workers)
-    with pytest.raises(DataError, match=r"^'.*2\.png': cannot be opened: No such file") as caught:
-        list(training_batches(dataset, config, ALONE, 0, 5))
-    assert "\n" not in str(caught.value)
+    with pytest.raises(DataError, match=r"2\.png': cannot be opened"):
+        survey(examples, quiet=True)
 
 
-_SIGNALLED = """
-import os, signal, sys
-from pathlib import Path
-import torch
-from minisd.config import TrainConfig
-from minisd.data import CaptionedImages, read_dataset, training_batches
-from minisd.distributed import Distributed
-
-signal.signal(signal.SIGTERM, lambda *_: None)
-folder = Path(sys.argv[1])
-dataset = CaptionedImages(read_dataset(folder), 16, center_crop=True, random_flip=False, seed=0)
-config = TrainConfig(data=folder, dataloader_num_workers=1)
-batches = training_batches(dataset, config, Distributed(0, 1, torch.device("cpu")), 0, 20)
-next(batches)
-os.killpg(os.getpid(), signal.SIGTERM)
-print(1 + sum(1 for _ in batches))
-again = training_batches(dataset, config, Distributed(0, 1, torch.device("cpu")), 0, 20)
-next(again)
-keep = [again, sys.exc_info]
-keep.append(keep)  # a cycle, as a traceback makes one: the reader is alive when the interpreter ends
-"""
-
-
-def test_readers_outlive_a_signal_to_the_group_and_end_with_their_parent(tmp_path: Path) -> None:
-    for i in range(4):
-        _picture(tmp_path / f"{i}.png").with_suffix(".txt").write_text("x")
-    done = subprocess.run(
-        [sys.executable, "-c", _SIGNALLED, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        start_new_session=True,
-        check=False,
-        cwd=Path(__file__).parents[2],
-    )
-    assert (done.returncode, done.stdout.strip()) == (0, "80"), done.stderr
+def test_an_empty_survey(tmp_path: Path) -> None:
+    assert survey([], quiet=True) == []  # a rank's share, where there are more ranks than pictures

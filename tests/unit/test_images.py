@@ -13,6 +13,7 @@ import torchvision.transforms as v1
 from PIL import Image, ImageCms, ImageFile, PngImagePlugin
 from torchvision.transforms import v2
 
+from minisd.buckets import Geometry, square_geometry
 from minisd.errors import DataError, DiskError, NonFiniteError, UsageError
 from minisd.images import INTERPOLATION, MAX_PIXELS, image_grid, load_image, save_png, to_pil, to_pixel_values
 
@@ -21,6 +22,10 @@ RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
 def _noise(width: int, height: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def _square(image: Image.Image, resolution: int) -> Geometry:
+    return square_geometry((image.height, image.width), resolution)
 
 
 def _pixels(path: Path) -> list[tuple[int, int, int]]:
@@ -276,18 +281,19 @@ def test_centre_crop_equals_diffusers_training_transforms_to_the_bit(size: tuple
             v1.Normalize([0.5], [0.5]),
         ]
     )
-    pixels = to_pixel_values(image, 64, crop=None, flip=False)
+    pixels = to_pixel_values(image, _square(image, 64), crop=None, flip=False)
     assert type(pixels) is torch.Tensor
     assert pixels.shape == (3, 64, 64)
     assert pixels.dtype == torch.float32
     assert torch.equal(pixels, old(image))
     assert torch.allclose(pixels, new(image), rtol=0, atol=2**-22)  # v2 scales by 1 / 255, ToTensor divides by 255
-    assert torch.equal(to_pixel_values(image, 64, crop=None, flip=True), old(image).flip(-1))
+    assert torch.equal(to_pixel_values(image, _square(image, 64), crop=None, flip=True), old(image).flip(-1))
 
 
 def test_range_is_minus_one_to_one() -> None:
     for colour, value in ((0, -1.0), (255, 1.0)):
-        pixels = to_pixel_values(Image.new("RGB", (40, 50), (colour,) * 3), 32, crop=None, flip=False)
+        image = Image.new("RGB", (40, 50), (colour,) * 3)
+        pixels = to_pixel_values(image, _square(image, 32), crop=None, flip=False)
         assert (pixels == value).all()
 
 
@@ -299,20 +305,44 @@ def test_crop_reaches_both_borders_and_every_place_equally() -> None:
         starts = []
         for i in range(1300):
             crop = (0.5, i / 1300) if name == "left" else (i / 1300, 0.5)
-            pixels = to_pixel_values(image, 8, crop=crop, flip=False)
+            pixels = to_pixel_values(image, _square(image, 8), crop=crop, flip=False)
             values = ((pixels[0] + 1) * 127.5).round().int()
             values = values if name == "left" else values.T
             assert values[0].tolist() == list(range(int(values[0, 0]), int(values[0, 0]) + 8))
             starts.append(int(values[0, 0]))
         assert np.bincount(starts).tolist() == [100] * 13
-    last = to_pixel_values(image, 8, crop=(1 - 2**-53, 1 - 2**-53), flip=False)
+    last = to_pixel_values(image, _square(image, 8), crop=(1 - 2**-53, 1 - 2**-53), flip=False)
     assert round(float((last[0, 0, 0] + 1) * 127.5)) == 12
+
+
+def test_a_geometry_is_carried_out_as_it_says() -> None:
+    """Resized to (height, width) in that order, as Pillow does it; the cut is a part of it, and in the middle."""
+    image = _noise(90, 64)
+    resized = np.asarray(image.resize((60, 40), Image.Resampling.LANCZOS))
+    for size in ((40, 60), (32, 56), (40, 8), (8, 60)):
+        geometry = Geometry((40, 60), size)
+        for crop, top, left in (
+            (None, (40 - size[0]) // 2, (60 - size[1]) // 2),
+            ((0.0, 0.0), 0, 0),
+            ((0.999999, 0.999999), 40 - size[0], 60 - size[1]),
+        ):
+            pixels = to_pixel_values(image, geometry, crop=crop, flip=False)
+            assert pixels.shape == (3, *size)
+            wanted = resized[top : top + size[0], left : left + size[1]]
+            assert np.array_equal(np.asarray(to_pil((pixels[None] + 1) / 2)[0]), wanted)
+
+
+def test_a_picture_that_is_not_resized_keeps_its_pixels() -> None:
+    image = _noise(90, 64)
+    pixels = to_pixel_values(image, Geometry((64, 90), (64, 88)), crop=None, flip=False)
+    assert np.array_equal(np.asarray(to_pil((pixels[None] + 1) / 2)[0]), np.asarray(image)[:, 1:89])
 
 
 def test_flip_mirrors_what_was_cropped() -> None:
     image = _noise(90, 64)
-    plain = to_pixel_values(image, 64, crop=(0.3, 0.9), flip=False)
-    assert torch.equal(to_pixel_values(image, 64, crop=(0.3, 0.9), flip=True), plain.flip(-1))
+    for geometry in (_square(image, 64), Geometry((64, 90), (48, 72))):
+        plain = to_pixel_values(image, geometry, crop=(0.3, 0.9), flip=False)
+        assert torch.equal(to_pixel_values(image, geometry, crop=(0.3, 0.9), flip=True), plain.flip(-1))
 
 
 def test_to_pil_rounds_to_the_nearest_level() -> None:
@@ -334,7 +364,7 @@ def test_to_pil_rounds_to_the_nearest_level() -> None:
 
 def test_a_picture_survives_the_way_in_and_out() -> None:
     image = _noise(32, 32)
-    pixels = to_pixel_values(image, 32, crop=None, flip=False)
+    pixels = to_pixel_values(image, _square(image, 32), crop=None, flip=False)
     assert np.array_equal(np.asarray(to_pil((pixels[None] + 1) / 2)[0]), np.asarray(image))
 
 

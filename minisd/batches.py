@@ -1,0 +1,164 @@
+"""The samples of a run, by position, and the micro-batches of one process.
+
+All that is random about a sample, and all that is read for it, happens here, off the device's critical path: in worker
+processes if there are any, else while the device works on the micro-batch before.
+
+Shape letters: B samples, H W pixels, h w latents, S tokens, E prompt width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from minisd import draws
+from minisd.buckets import Geometry
+from minisd.data import Example
+from minisd.latent_cache import View, caption_key
+from minisd.plan import MicroBatches, TrainingPlan
+from minisd.read_ahead import read_ahead
+from minisd.tensor_cache import TensorCache
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of a micro-batch. Either `moments` or `pixel_values` is there.
+
+    Attributes:
+        positions: in the run, B of them.
+        indices: of the pictures.
+        timesteps: diffusion times [B] int64.
+        noise: diffusion noise [B, 4, h, w] float32, noise offset included.
+        posterior_noise: what the VAE's posterior is sampled with [B, 4, h, w] float32.
+        encoder_hidden_states: embeddings of the captions [B, S, E].
+        moments: mean and log-variance of the VAE's posterior [B, 2, 4, h, w].
+        pixel_values: the pictures [B, 3, H, W] float32 in [-1, 1].
+    """
+
+    positions: list[int]
+    indices: list[int]
+    timesteps: Tensor
+    noise: Tensor
+    posterior_noise: Tensor
+    encoder_hidden_states: Tensor
+    moments: Tensor | None
+    pixel_values: Tensor | None
+
+    def to(self, device: torch.device) -> Batch:
+        """Copy to a device; from pinned memory without waiting."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """Put the tensors into page-locked memory; torch's DataLoader calls this."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, change: Any) -> Batch:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Batch(**{name: change(v) if isinstance(v, Tensor) else v for name, v in values.items()})
+
+
+@dataclass(frozen=True)
+class TrainingSamples(Dataset[Batch]):
+    """Position of the run -> its sample, as a batch of one.
+
+    Args:
+        examples: the pictures and captions, trigger word included.
+        sha256: of the pictures.
+        geometries: of the pictures.
+        plan: which picture a position shows.
+        cache: of captions, and of latents.
+        text_weights: the text encoder's identity in the cache.
+        vae_weights: the VAE's; None to read pixels instead of moments.
+        center_crop, random_flip, caption_dropout, noise_offset, seed: options of the run.
+        latent_channels, pixels_per_latent, num_train_timesteps: of the model.
+    """
+
+    examples: Sequence[Example]
+    sha256: Sequence[str]
+    geometries: Sequence[Geometry]
+    plan: TrainingPlan
+    cache: TensorCache
+    _: KW_ONLY
+    text_weights: str
+    vae_weights: str | None
+    center_crop: bool
+    random_flip: bool
+    caption_dropout: float
+    noise_offset: float
+    seed: int
+    latent_channels: int
+    pixels_per_latent: int
+    num_train_timesteps: int
+
+    def path_of(self, position: int) -> Path:
+        """The picture that a position of the run shows."""
+        return self.examples[self.plan.index(position)].path
+
+    def caption_of(self, position: int) -> str:
+        """The caption that a position of the run is trained with; "" where it is left out."""
+        captions = self.examples[self.plan.index(position)].captions
+        if draws.caption_dropout(self.seed, position) < self.caption_dropout:
+            return ""
+        return captions[draws.caption_choice(self.seed, position, len(captions)) if len(captions) > 1 else 0]
+
+    def views(self) -> list[View]:
+        """Every way a picture is shown in the run: as it is, and mirrored if it may be."""
+        flips = (False, True) if self.random_flip else (False,)
+        return [self._view(index, flip) for index in range(len(self.examples)) for flip in flips]
+
+    def _view(self, index: int, flip: bool) -> View:
+        return View(self.examples[index].path, self.sha256[index], self.geometries[index], flip)
+
+    def __getitem__(self, position: int) -> Batch:
+        index, seed = self.plan.index(position), self.seed
+        view = self._view(index, self.random_flip and draws.flip(seed, position))
+        moments = pixel_values = None
+        if self.vae_weights is not None:
+            moments = self.cache[view.key(self.vae_weights)].unsqueeze(0)
+        else:
+            pixel_values = view.pixel_values(None if self.center_crop else draws.crop(seed, position)).unsqueeze(0)
+        height, width = view.geometry.size
+        shape = (self.latent_channels, height // self.pixels_per_latent, width // self.pixels_per_latent)
+        noise = draws.noise(seed, position, shape)
+        if self.noise_offset:
+            noise = noise + self.noise_offset * draws.noise_offset(seed, position, self.latent_channels)
+        return Batch(
+            positions=[position],
+            indices=[index],
+            timesteps=torch.tensor([draws.timestep(seed, position, self.num_train_timesteps)]),
+            noise=noise.unsqueeze(0),
+            posterior_noise=draws.posterior_noise(seed, position, shape).unsqueeze(0),
+            encoder_hidden_states=self.cache[caption_key(self.caption_of(position), self.text_weights)].unsqueeze(0),
+            moments=moments,
+            pixel_values=pixel_values,
+        )
+
+
+def collate(samples: Sequence[Batch]) -> Batch:
+    """Put samples of one bucket together."""
+    columns: dict[str, Any] = {}
+    for field in fields(Batch):
+        values: list[Any] = [getattr(sample, field.name) for sample in samples]
+        if isinstance(values[0], Tensor):
+            columns[field.name] = torch.cat(values)
+        else:
+            columns[field.name] = None if values[0] is None else [item for value in values for item in value]
+    return Batch(**columns)
+
+
+def training_batches(
+    samples: TrainingSamples, micro_batches: MicroBatches, *, num_workers: int, pin_memory: bool
+) -> Iterator[Batch]:
+    """The micro-batches of a process, in order, on the CPU.
+
+    Raises:
+        DataError: a picture has changed or gone since it was checked.
+        DiskError: the cache has.
+    """
+    return read_ahead(samples, batches=micro_batches, collate=collate, num_workers=num_workers, pin_memory=pin_memory)
