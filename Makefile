@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STEPS ?= 600
 
-.PHONY: demo test lint format pretrain clean
+.PHONY: demo test soak lint format pretrain
 
 # The stamps say which requirements a virtual environment was made from: a changed file installs again.
 $(VENV)/run: requirements.txt
@@ -22,6 +22,10 @@ demo: $(VENV)/run
 
 test: $(VENV)/dev
 	$(BIN)/python -m pytest
+
+# The fault tests at the size for a night: hours.
+soak: $(VENV)/dev
+	MINISD_SOAK=nightly $(BIN)/python -m pytest tests/faults tests/e2e/test_resume.py tests/e2e/test_signals.py
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -1,18 +1,21 @@
-"""The pure pieces of a training step: learning rate, precision, draws, loss. The loop itself is in train.py."""
+"""The pure pieces of a training step: learning rate, precision, latents, loss. The loop itself is in train.py."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from minisd import draws
-from minisd.ddpm import NoiseSchedule
+from minisd.ddpm import NoiseSchedule, PredictionType
+from minisd.layers import ResnetBlock2D
+from minisd.unet import Transformer2DModel
+from minisd.vae import AutoencoderKL, DiagonalGaussian, scale_latents
 
 
 def lr_at(step: int, *, learning_rate: float, warmup_steps: int, max_train_steps: int, scheduler: str) -> float:
@@ -39,6 +42,9 @@ def lr_at(step: int, *, learning_rate: float, warmup_steps: int, max_train_steps
 class Precision:
     """What runs in which dtype. Adapters, their gradients, Adam's moments, noise and loss are float32 in every mode.
 
+    The network runs in `dtype` throughout, without autocast: its norms and its softmax add up in float32 in any case,
+    and autocast would write every norm's output out in float32.
+
     Args:
         mode: "no" (float32), "bf16" or "fp16".
         device_type: "cuda" or "cpu".
@@ -49,51 +55,53 @@ class Precision:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the frozen weights and of the matrix products."""
+        """The dtype of the frozen weights, of the activations and of the matrix products."""
         return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.mode]
-
-    def autocast(self) -> AbstractContextManager[object]:
-        """The context of a forward pass."""
-        return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.mode != "no")
 
     def scaler(self) -> torch.amp.GradScaler:
         """Loss scaling for float16, whose smallest numbers gradients would fall below; does nothing otherwise."""
         return torch.amp.GradScaler(self.device_type, enabled=self.mode == "fp16")
 
 
-@dataclass(frozen=True)
-class SampleDraws:
-    """What is drawn for the samples of a micro-batch; see draws.py.
+def latents_of(vae: AutoencoderKL, moments: Tensor, noise: Tensor) -> Tensor:
+    """Draw the latents of a batch from the VAE's posterior: arXiv:2112.10752, 3.3; scaled, in float32.
 
     Args:
-        noise: diffusion noise [B, 4, h, w] float32.
-        posterior_noise: noise that samples the VAE's posterior [B, 4, h, w] float32.
-        timesteps: diffusion times [B] int64.
+        vae: only its configuration is read.
+        moments: mean and log-variance [B, 2, 4, h, w].
+        noise: [B, 4, h, w] float32.
     """
-
-    noise: Tensor
-    posterior_noise: Tensor
-    timesteps: Tensor
+    mean, logvar = moments.float().unbind(dim=1)
+    return scale_latents(vae, DiagonalGaussian(mean, logvar), noise)
 
 
-def draw_for(
-    positions: Sequence[int], seed: int, shape: tuple[int, int, int], num_train_timesteps: int, device: torch.device
-) -> SampleDraws:
-    """Draw noise and timesteps for the samples at these positions of the run, latents of shape [4, h, w]."""
-    return SampleDraws(
-        torch.stack([draws.noise(seed, position, shape) for position in positions]).to(device),
-        torch.stack([draws.posterior_noise(seed, position, shape) for position in positions]).to(device),
-        torch.tensor([draws.timestep(seed, position, num_train_timesteps) for position in positions], device=device),
-    )
+def snr_weights(snr: Tensor, gamma: float, prediction_type: PredictionType) -> Tensor:
+    """Weights of the loss by min-SNR (arXiv:2303.09556, 3.4): an error in x_0 counts min(SNR, gamma) times.
+
+    An error in x_0 is SNR times smaller in epsilon, and SNR + 1 times in v; hence the divisors. At SNR 0, the end of a
+    schedule with zero terminal SNR, the weight of epsilon is the limit, 1.
+
+    Args:
+        snr: signal-to-noise ratios [B] float32, at least 0.
+        gamma: the limit; 5 in the paper.
+        prediction_type: what the network outputs.
+    """
+    if prediction_type == "epsilon":
+        return torch.clamp(gamma / snr, max=1)  # gamma / 0 is infinite, not NaN
+    limited = torch.clamp(snr, max=gamma)
+    return limited / (snr + 1) if prediction_type == "v_prediction" else limited
 
 
 def diffusion_loss(
-    unet: nn.Module,
+    unet: Callable[[Tensor, Tensor, Tensor], Tensor],
     schedule: NoiseSchedule,
     latents: Tensor,
-    drawn: SampleDraws,
+    noise: Tensor,
+    timesteps: Tensor,
     encoder_hidden_states: Tensor,
-    precision: Precision,
+    *,
+    dtype: torch.dtype,
+    snr_gamma: float | None = None,
 ) -> Tensor:
     """Mean squared error of what the network predicts from noisy latents (DDPM, arXiv:2006.11239, eq. 14).
 
@@ -101,15 +109,34 @@ def diffusion_loss(
         unet: the denoiser with its adapters.
         schedule: the model's own noise schedule; its prediction_type decides the target.
         latents: clean latents [B, 4, h, w] float32.
-        drawn: noise and timesteps of these samples.
-        encoder_hidden_states: prompt embeddings [B, S, E] in precision.dtype.
-        precision: dtype of the forward pass.
+        noise: standard normal [B, 4, h, w] float32.
+        timesteps: diffusion times [B] int64.
+        encoder_hidden_states: prompt embeddings [B, S, E].
+        dtype: of the forward pass.
+        snr_gamma: weight the samples by `snr_weights`; None: all alike.
 
     Returns:
         A float32 scalar.
     """
-    noisy_latents = schedule.add_noise(latents, drawn.noise, drawn.timesteps)
-    with precision.autocast():
-        model_pred = unet(noisy_latents.to(precision.dtype), drawn.timesteps, encoder_hidden_states)
-    target = schedule.target(latents, drawn.noise, drawn.timesteps)
-    return F.mse_loss(model_pred.float(), target)
+    noisy_latents = schedule.add_noise(latents, noise, timesteps)
+    model_pred = unet(noisy_latents.to(dtype), timesteps, encoder_hidden_states.to(dtype))
+    target = schedule.target(latents, noise, timesteps)
+    if snr_gamma is None:
+        return F.mse_loss(model_pred.float(), target)
+    losses = F.mse_loss(model_pred.float(), target, reduction="none").mean(dim=(1, 2, 3))  # [B]
+    return (losses * snr_weights(schedule.snr(timesteps), snr_gamma, schedule.config.prediction_type)).mean()
+
+
+def recompute_activations(unet: nn.Module) -> None:
+    """Keep the input of every block only, and compute the rest again in the backward pass (arXiv:1604.06174).
+
+    The blocks are the residual blocks and the transformers. Gradients stay the same to the bit, dropout included.
+    """
+    for module in unet.modules():
+        if isinstance(module, ResnetBlock2D | Transformer2DModel):
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False)  # type: ignore[method-assign]
+
+
+def suits_channels_last(device: torch.device) -> bool:
+    """Whether convolutions are faster with the channels innermost, as far as docs/benchmarks.md has measured it."""
+    return False

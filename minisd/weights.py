@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 
 from minisd.ddpm import NoiseSchedule, NoiseScheduleConfig
-from minisd.errors import WeightsError
+from minisd.errors import UsageError, WeightsError
 from minisd.hub import resolve_model
 from minisd.ldm_keys import rename_old_vae_attention
 from minisd.model_files import read_json
@@ -127,6 +127,21 @@ def load_noise_schedule(folder: Path) -> NoiseSchedule:
     path = folder / "scheduler" / "scheduler_config.json"
     with _blaming(path):
         return NoiseSchedule(NoiseScheduleConfig.from_json(read_json(path)))
+
+
+def with_zero_terminal_snr(model: StableDiffusion) -> StableDiffusion:
+    """The same networks on a noise schedule that ends in pure noise (arXiv:2305.08891).
+
+    Raises:
+        UsageError: the model predicts epsilon, from which x_0 does not follow when there is no signal.
+    """
+    config = model.schedule.config
+    if config.prediction_type == "epsilon":
+        raise UsageError(
+            f"zero terminal SNR needs a v-prediction model; {model.name} predicts epsilon. Leave --zero-terminal-snr "
+            "out, or choose another --model."
+        )
+    return replace(model, schedule=NoiseSchedule(replace(config, rescale_betas_zero_snr=True)))
 
 
 def weights_id(folder: Path, part: str, *, variant: str | None = None) -> str:

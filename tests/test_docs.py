@@ -2,11 +2,13 @@
 
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from minisd.config import SampleConfig, TrainConfig, parse_args
+from minisd.command_line import parse_args
+from minisd.config import SampleConfig, TrainConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -22,13 +24,16 @@ def _commands():
 
 
 @pytest.mark.parametrize("words", list(_commands()))
-def test_command(words):
+def test_command(words, monkeypatch):
+    monkeypatch.chdir(ROOT)
     script = next((word for word in words if word.endswith(".py")), None)
     arguments = words[words.index(script) + 1 :] if script else []
     if script == "train.py":
         parse_args(TrainConfig, arguments)
     elif script == "sample.py":
         parse_args(SampleConfig, arguments)
+    elif script is not None and script.startswith("bench/"):
+        assert (ROOT / script).exists()
     elif words[0] == "make":
         targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M)
         assert {word for word in words[1:] if "=" not in word} <= set(targets)
@@ -37,6 +42,25 @@ def test_command(words):
         assert module == "pytest" or (ROOT / (module.replace(".", "/") + ".py")).exists()
     else:
         pytest.fail(f"no test knows how to check: {shlex.join(words)}")
+
+
+def _scripts():
+    for page in PAGES:
+        for number, block in enumerate(re.findall(r"```bash\n(.*?)```", page.read_text(), re.S)):
+            yield pytest.param(block, id=f"{page.name} {number}")
+
+
+@pytest.mark.parametrize("script", list(_scripts()))
+def test_shell_script(script, monkeypatch):
+    """A script for a cluster is not run here: its syntax is checked, and the options that it gives train.py."""
+    monkeypatch.chdir(ROOT)
+    assert subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True).stderr == ""
+    lines = [line for line in script.replace("\\\n", " ").splitlines() if "train.py" in line]
+    assert lines
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        config = parse_args(TrainConfig, words[words.index("train.py") + 1 :])
+        assert config.max_train_steps == 2000  # the recipe was read
 
 
 def test_the_two_set_up_commands_come_first():

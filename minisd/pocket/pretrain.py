@@ -238,7 +238,9 @@ def train_unet(config: PretrainConfig, vae: AutoencoderKL, pictures: Tensor) -> 
             captions, padding="max_length", max_length=vocabulary.MAX_LENGTH, return_tensors="pt"
         ).input_ids
 
-        with Precision(config.mixed_precision, torch.device(config.device).type).autocast():
+        # All weights learn here, so they are float32, and autocast makes copies in the dtype of the matrix products.
+        device_type, mode = torch.device(config.device).type, config.mixed_precision
+        with torch.autocast(device_type, dtype=Precision(mode, device_type).dtype, enabled=mode != "no"):
             encoder_hidden_states = text_encoder(input_ids.to(config.device)).last_hidden_state
             sample = noisy_latents.to(config.device, memory_format=torch.channels_last)
             model_pred = unet(sample, timesteps.to(config.device), encoder_hidden_states)

@@ -12,7 +12,7 @@ import sample
 import train
 from minisd.config import SampleConfig
 from minisd.distributed import Distributed
-from tests.e2e.test_train import config_for, metrics_of
+from tests.e2e.running import config_for, metrics_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -47,3 +47,49 @@ def test_pictures_are_those_of_the_cpu(tiny_folder, tmp_path, monkeypatch):
     cpu = sample.sample(SampleConfig(output=tmp_path / "cpu", **options))[0]
     a, b = (np.asarray(Image.open(path)).astype(int) for path in (gpu, cpu))
     assert abs(a - b).mean() < 1
+
+
+def test_nothing_waits_for_the_device_inside_an_accumulation(tiny_folder, dataset, tmp_path, monkeypatch):
+    """torch raises at every synchronizing call between the first forward pass of a step and its all-reduce."""
+    original_loss, original_sum = train.loss_of, train.sum_gradients
+
+    def loss_of(*args):
+        torch.cuda.set_sync_debug_mode("error")
+        return original_loss(*args)
+
+    def sum_gradients(*args):
+        torch.cuda.set_sync_debug_mode("default")
+        return original_sum(*args)
+
+    monkeypatch.setattr(train, "loss_of", loss_of)
+    monkeypatch.setattr(train, "sum_gradients", sum_gradients)
+    config = config_for(
+        tiny_folder, dataset, tmp_path, mixed_precision="bf16", gradient_accumulation_steps=4, max_train_steps=3,
+        snr_gamma=5.0,
+    )  # fmt: skip
+    try:
+        train.train(config, Distributed(0, 1, torch.device("cuda", 0)))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(metrics_of(tmp_path)) == 3
+
+
+def test_cached_and_encoded_latents_are_the_same_bits(tiny_folder, dataset, tmp_path):
+    for cached in (True, False):
+        config = config_for(tiny_folder, dataset, tmp_path / str(cached), cache_latents=cached, max_train_steps=2)
+        train.train(config, Distributed(0, 1, torch.device("cuda", 0)))
+    assert metrics_of(tmp_path / "True")[0]["loss"] == metrics_of(tmp_path / "False")[0]["loss"]
+
+
+def test_vae_and_text_encoder_leave_the_device(tiny_folder, dataset, tmp_path, monkeypatch):
+    seen = []
+    original = train.loss_of
+
+    def loss_of(config, run, batch):
+        seen.append((run.model.vae.quant_conv.weight.device.type, run.model.text_encoder.device.type))
+        return original(config, run, batch)
+
+    monkeypatch.setattr(train, "loss_of", loss_of)
+    config = config_for(tiny_folder, dataset, tmp_path, max_train_steps=1, validation_prompts=("cat",))
+    train.train(config, Distributed(0, 1, torch.device("cuda", 0)))
+    assert set(seen) == {("cpu", "cpu")}

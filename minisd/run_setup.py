@@ -1,0 +1,154 @@
+"""What a run is made of, as its options say: adapters, sizes, noise schedule, and what the LoRA file will say of it."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from minisd.buckets import Geometry, bucket_geometry, default_step, square_geometry
+from minisd.config import TrainConfig
+from minisd.data import Example, Survey, read_dataset, survey, with_trigger
+from minisd.ddpm import NoiseSchedule
+from minisd.distributed import Distributed, gather_shares
+from minisd.errors import DataError, UsageError
+from minisd.lora import TARGETS, inject_lora, lora_weights
+from minisd.lora_file import load_lora
+from minisd.lora_info import LoRAInfo, base_model_version
+from minisd.sampling import native_size
+from minisd.weights import StableDiffusion, with_zero_terminal_snr
+
+log = logging.getLogger(__name__)
+
+# Options that say nothing about how the weights came to be: they have no place in the LoRA's recipe.
+_NOT_IN_RECIPE = {"data", "output", "cache_dir", "debug", "resume_from_checkpoint", "allow_change", "init_lora",
+                  "checkpointing_steps", "checkpoints_total_limit", "dataloader_num_workers", "cache_latents",
+                  "validation_prompts", "validation_steps", "validation_num_images", "validation_inference_steps",
+                  "validation_guidance_scale", "report_to", "preflight", "dist_timeout", "trigger"}  # fmt: skip
+
+
+def read_data(config: TrainConfig, dist: Distributed) -> tuple[list[Example], list[Survey]]:
+    """The pictures and captions, trigger word included, and what is known of each; every process looks at a share.
+
+    Raises:
+        DataError: the dataset cannot be used.
+    """
+    examples = [
+        replace(example, captions=tuple(with_trigger(caption, config.trigger) for caption in example.captions))
+        for example in read_dataset(config.data)
+    ]
+    found = survey(examples[dist.rank :: dist.world_size], quiet=not dist.is_main)
+    gathered = gather_shares(dist, [[entry.sha256, *entry.size] for entry in found])
+    return examples, [Survey(sha256, (height, width)) for sha256, height, width in gathered]
+
+
+def add_adapter(config: TrainConfig, unet: nn.Module) -> list[str]:
+    """Put the new adapter into the UNet; returns the paths of its layers.
+
+    Raises:
+        UsageError: an impossible rank, or --init-lora is of another kind.
+        WeightsError: --init-lora cannot be read.
+    """
+    targets = TARGETS[config.lora_targets]
+    try:
+        paths = inject_lora(
+            unet, targets, rank=config.rank, alpha=config.scale_alpha, dropout=config.lora_dropout, seed=config.seed
+        )
+    except ValueError as error:
+        raise UsageError(f"--rank {config.rank}, --lora-targets {config.lora_targets}: {error}.") from error
+    if config.init_lora is not None:
+        _start_from(config.init_lora, unet)
+    return paths
+
+
+def _start_from(path: Path, unet: nn.Module) -> None:
+    """Copy the weights of a LoRA file into the new adapter."""
+    weights, current = load_lora(path, unet)[0], lora_weights(unet)
+    if {name: (w.rank, w.alpha) for name, w in weights.items()} != {n: (w.rank, w.alpha) for n, w in current.items()}:
+        kinds = sorted({(w.rank, w.alpha) for w in weights.values()})
+        raise UsageError(
+            f"--init-lora {path}: it has {len(weights)} layers with (rank, alpha) {kinds}, this run {len(current)} of "
+            "its own. Give the same --rank, --alpha and --lora-targets."
+        )
+    with torch.no_grad():
+        for name, lora in weights.items():
+            current[name].down.copy_(lora.down)
+            current[name].up.copy_(lora.up)
+    log.info("starting from the weights of %s with a fresh optimizer; this is not a resumed run", path)
+
+
+def training_model(config: TrainConfig, model: StableDiffusion) -> StableDiffusion:
+    """The model with the noise schedule to train on.
+
+    Raises:
+        UsageError: an epsilon model is to learn from pure noise, which has no epsilon to tell from x_0.
+    """
+    if config.zero_terminal_snr:
+        return with_zero_terminal_snr(model)
+    schedule = model.schedule.config
+    if schedule.rescale_betas_zero_snr and schedule.prediction_type == "epsilon":
+        raise UsageError(f"{model.name}: zero terminal SNR with epsilon prediction cannot be trained. Correct its "
+                         "scheduler_config.json.")  # fmt: skip
+    return model
+
+
+def resolution_of(config: TrainConfig, model: StableDiffusion) -> int:
+    """Side of a square training picture in pixels. Raises UsageError if the VAE cannot halve it often enough."""
+    resolution = native_size(model) if config.resolution is None else config.resolution
+    f = model.vae.pixels_per_latent
+    for name, value in {"--resolution": resolution, "--bucket-step": config.bucket_step}.items():
+        if value is not None and value % f:
+            raise UsageError(f"{name} {value}: expected a multiple of {f}.")
+    if config.bucket_step is not None and config.bucket_step > resolution:
+        raise UsageError(f"--bucket-step {config.bucket_step}: expected at most the resolution, {resolution}.")
+    return resolution
+
+
+def geometries_of(
+    config: TrainConfig, examples: Sequence[Example], surveys: Sequence[Survey], resolution: int, pixels_per_latent: int
+) -> list[Geometry]:
+    """What is cut out of each picture. Raises DataError naming a picture that is too small for any bucket."""
+    if not config.buckets:
+        return [square_geometry(found.size, resolution) for found in surveys]
+    step = config.bucket_step or default_step(resolution, pixels_per_latent)
+    geometries = []
+    for example, found in zip(examples, surveys, strict=True):
+        try:
+            geometries.append(bucket_geometry(found.size, resolution, step, upscale=config.upscale))
+        except DataError as error:
+            raise DataError(f"{str(example.path)!r}: {error}") from error
+    return geometries
+
+
+def lora_info(
+    config: TrainConfig, model: StableDiffusion, schedule: NoiseSchedule, resolution: int, max_train_steps: int
+) -> LoRAInfo:
+    """What the LoRA file says of itself: enough to use it and to make it again, and no paths."""
+    recipe = {name: value for name, value in asdict(config).items() if name not in _NOT_IN_RECIPE and value is not None}
+    if config.init_lora is not None:
+        recipe["init_lora_sha256"] = sha256_of(config.init_lora)
+    prediction_type = schedule.config.prediction_type
+    return LoRAInfo(
+        base_model=model.name,
+        base_model_version=base_model_version(model.unet.config.cross_attention_dim, prediction_type),
+        rank=config.rank,
+        alpha=config.scale_alpha,
+        targets=TARGETS[config.lora_targets],
+        trigger="" if config.trigger is None else config.trigger,
+        prediction_type=prediction_type,
+        resolution=resolution,
+        steps=max_train_steps,
+        seed=config.seed,
+        recipe=recipe,
+    )
+
+
+def sha256_of(path: Path) -> str:
+    """Hash of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,86 @@
+"""Pictures drawn along a run, by the function that sample.py draws with: same prompt, seed, precision: same pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from minisd.config import TrainConfig
+from minisd.data import with_trigger
+from minisd.distributed import Distributed, wait_for_all
+from minisd.images import save_png, to_pil
+from minisd.interruptions import StopRequest
+from minisd.sampling import SamplingSettings, decode, denoise, native_size, parameters_text
+from minisd.weights import StableDiffusion
+
+
+def is_due(config: TrainConfig, step: int, max_train_steps: int) -> bool:
+    """Whether pictures are drawn after `step` updates: at 0, every --validation-steps, and at the end."""
+    return bool(config.validation_prompts) and (step % config.validation_steps == 0 or step == max_train_steps)
+
+
+def draw_validation(
+    config: TrainConfig, dist: Distributed, model: StableDiffusion, step: int, stop: StopRequest, *, keep: bool
+) -> list[Path]:
+    """Draw the validation prompts, spread over the processes: OUTPUT/samples/step-000250/PROMPT-IMAGE.png.
+
+    Args:
+        config: prompts, seeds and settings.
+        dist: this process among the others.
+        model: in training; its UNet is put back into training mode.
+        step: updates made.
+        stop: drawing breaks off when it is requested; what is missing is drawn when the run goes on.
+        keep: leave pictures alone that are there already.
+
+    Returns:
+        The paths of all pictures that are there, in order.
+
+    Raises:
+        NonFiniteError: a picture is not finite.
+        DiskError: it cannot be written.
+    """
+    folder = config.output / "samples" / f"step-{step:06d}"
+    prompts = [with_trigger(prompt, config.trigger) for prompt in config.validation_prompts]
+    pictures = [
+        (folder / f"{number:02d}-{image}.png", prompt, config.seed + image)
+        for number, prompt in enumerate(prompts)
+        for image in range(config.validation_num_images)
+    ]
+    size = native_size(model) if config.resolution is None else config.resolution
+    settings = SamplingSettings(
+        height=size,
+        width=size,
+        num_inference_steps=config.validation_inference_steps,
+        guidance_scale=config.validation_guidance_scale,
+    )
+    mine = [entry for entry in pictures[dist.rank :: dist.world_size] if not (keep and entry[0].exists())]
+    folder.mkdir(parents=True, exist_ok=True)
+    with _ready_to_draw(model, dist.device):
+        for path, prompt, seed in mine:
+            for latents in denoise(model, prompt, [seed], settings):  # noqa: B007 (the last ones are decoded below)
+                if stop.requested:
+                    break
+            if stop.requested:
+                break
+            text = parameters_text(settings, prompt, seed, model.name, [f"step {step}"])
+            save_png(to_pil(decode(model, latents))[0], path, parameters=text, overwrite=True)
+    wait_for_all(dist)
+    return [path for path, _, _ in pictures if path.exists()]
+
+
+@contextmanager
+def _ready_to_draw(model: StableDiffusion, device: torch.device) -> Iterator[None]:
+    """Bring VAE and text encoder to the device and switch dropout off; then everything back as it was."""
+    vae_device, text_device = model.vae.quant_conv.weight.device, model.text_encoder.device
+    model.vae.to(device)
+    model.text_encoder.to(device=device)
+    model.unet.eval()
+    try:
+        yield
+    finally:
+        model.unet.train()
+        model.vae.to(vae_device)
+        model.text_encoder.to(device=text_device)
