@@ -19,11 +19,13 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW (arXiv:1711.05101), or the one of bitsandbytes with moments of 8 bits (arXiv:2110.02861).
 
+    torch's is the fused one: an update is one kernel over all parameters instead of a dozen.
+
     Raises:
         UsageError: bitsandbytes is asked for and not installed.
     """
     if name == "adamw":
-        return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
+        return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=True)
     try:
         import bitsandbytes
     except ImportError as error:
@@ -70,9 +72,10 @@ def load_optimizer(
     for name, parameter in parameters:
         items = _state_shapes(optimizer, parameter).keys() - {"step"}
         state = {item: tensors[f"{name}/{item}"].to(parameter.device) for item in items}
-        step = tensors[f"{name}/step"].clone()
-        # torch counts in a tensor on the CPU (on the device every update would wait for it), bitsandbytes in an int.
-        optimizer.state[parameter] = {"step": step if isinstance(optimizer, torch.optim.AdamW) else int(step), **state}
+        step = tensors[f"{name}/step"]
+        # The fused AdamW counts on the device, in a tensor for each parameter; bitsandbytes counts in an int.
+        counted = step.to(parameter.device, copy=True) if isinstance(optimizer, torch.optim.AdamW) else int(step)
+        optimizer.state[parameter] = {"step": counted, **state}
 
 
 def _state_shapes(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, tuple[int, ...]]:

@@ -25,7 +25,7 @@ from minisd.run_setup import add_adapter, geometries_of, lora_info, read_data, r
 from minisd.run_state import Progress, TrainingState, describe_run, start_or_resume
 from minisd.tensor_cache import TensorCache
 from minisd.text import TextEncoder
-from minisd.training import Precision, recompute_activations, suits_channels_last
+from minisd.training import Precision, recompute_activations
 from minisd.weights import StableDiffusion, load_model, weights_id
 
 log = logging.getLogger(__name__)
@@ -79,8 +79,6 @@ def prepare(config: TrainConfig, dist: Distributed, stop: StopRequest) -> Run:
     model = training_model(config, model)
     unet, schedule = model.unet.train(), model.schedule.to(dist.device)
     adapted = add_adapter(config, unet)
-    if suits_channels_last(dist.device):
-        unet.to(memory_format=torch.channels_last)
     if config.gradient_checkpointing:
         recompute_activations(unet)
     parameters = [parameter for _, parameter in lora_parameters(unet)]

@@ -135,8 +135,3 @@ def recompute_activations(unet: nn.Module) -> None:
     for module in unet.modules():
         if isinstance(module, ResnetBlock2D | Transformer2DModel):
             module.forward = partial(checkpoint, module.forward, use_reentrant=False)  # type: ignore[method-assign]
-
-
-def suits_channels_last(device: torch.device) -> bool:
-    """Whether convolutions are faster with the channels innermost, as far as docs/benchmarks.md has measured it."""
-    return False

@@ -1,7 +1,9 @@
 """What users get wrong: one line on stderr, the exit code of its kind, and nothing half-written."""
 
+import json
 import shutil
 from functools import partial
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -25,6 +27,14 @@ def refusal(script, config, capsys):
     assert len(lines) == 1, lines
     assert lines[0].startswith("minisd: error E-")
     return code, lines[0]
+
+
+def assert_nothing_but_the_status(output, code):
+    """No half-written run: train.py says in run_status.json what went wrong, sample.py leaves nothing at all."""
+    if output.exists():
+        assert sorted(path.name for path in output.iterdir()) == ["run.lock", "run_status.json"]
+        status = json.loads((output / "run_status.json").read_text())
+        assert (status["state"], status["code"], status["step"]) == ("failed", code, 0)
 
 
 def train_config(folder, data, output, **options):
@@ -88,7 +98,7 @@ def test_a_bad_dataset_is_exit_code_3(tiny_folder, tmp_path, capsys, spoil, word
     code, line = refusal(train, train_config(tiny_folder, tmp_path / "data", tmp_path / "out"), capsys)
     assert code == 3
     assert all(word in line for word in words), line
-    assert not (tmp_path / "out").exists()
+    assert_nothing_but_the_status(tmp_path / "out", code)
 
 
 def no_unet(folder):
@@ -123,14 +133,14 @@ def test_a_bad_model_is_exit_code_4(tiny_folder, dataset, tmp_path, capsys, spoi
     code, line = refusal(script, config, capsys)
     assert code == 4
     assert all(word in line for word in words), line
-    assert not (tmp_path / "out").exists()
+    assert_nothing_but_the_status(tmp_path / "out", code)
 
 
 def test_a_repo_that_cannot_be_reached_is_exit_code_5(dataset, tmp_path, capsys):
     code, line = refusal(train, train_config("someone/some-model", dataset, tmp_path / "out"), capsys)
     assert code == 5
     assert "someone/some-model" in line
-    assert not (tmp_path / "out").exists()
+    assert_nothing_but_the_status(tmp_path / "out", code)
 
 
 def test_a_name_that_is_nothing_is_exit_code_4(dataset, tmp_path, capsys):
@@ -154,7 +164,7 @@ def test_a_lora_for_another_base_is_exit_code_4(tiny_folder, tmp_path, capsys):
     code, line = refusal(sample, config, capsys)
     assert code == 4
     assert "SD 1.x" in line
-    assert not (tmp_path / "out").exists()
+    assert_nothing_but_the_status(tmp_path / "out", code)
 
 
 def test_a_truncated_lora_is_exit_code_4(tiny_folder, tmp_path, capsys):
@@ -171,14 +181,20 @@ def test_a_rank_no_layer_can_hold_is_exit_code_2(tiny_folder, dataset, tmp_path,
     code, line = refusal(train, train_config(tiny_folder, dataset, tmp_path / "out", rank=500), capsys)
     assert code == 2
     assert "500" in line
-    assert not (tmp_path / "out").exists()
+    assert_nothing_but_the_status(tmp_path / "out", code)
 
 
-def test_a_folder_that_cannot_be_written_is_exit_code_6(tiny_folder, dataset, tmp_path, capsys):
+def test_a_file_in_the_place_of_the_folder_is_exit_code_2(tiny_folder, dataset, tmp_path, capsys):
     (tmp_path / "out").write_text("a file")
     code, line = refusal(train, train_config(tiny_folder, dataset, tmp_path / "out"), capsys)
+    assert code == 2
+    assert "out': expected a folder, got a file" in line
+
+
+def test_a_folder_that_cannot_be_made_is_exit_code_6(tiny_folder, dataset, capsys):
+    code, line = refusal(train, train_config(tiny_folder, dataset, Path("/proc/minisd")), capsys)
     assert code == 6
-    assert "out" in line
+    assert "/proc/minisd" in line
 
 
 def test_a_sampler_that_leaves_numbers_is_exit_code_7(tiny_folder, tmp_path, capsys, monkeypatch):

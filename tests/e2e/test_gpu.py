@@ -93,3 +93,12 @@ def test_vae_and_text_encoder_leave_the_device(tiny_folder, dataset, tmp_path, m
     config = config_for(tiny_folder, dataset, tmp_path, max_train_steps=1, validation_prompts=("cat",))
     train.train(config, Distributed(0, 1, torch.device("cuda", 0)))
     assert set(seen) == {("cpu", "cpu")}
+
+
+def test_a_compiled_run_computes_the_same(tiny_folder, dataset, tmp_path):
+    for compiled in (True, False):
+        config = config_for(tiny_folder, dataset, tmp_path / str(compiled), compile=compiled, max_train_steps=3)
+        train.train(config, Distributed(0, 1, torch.device("cuda", 0)))
+    for a, b in zip(metrics_of(tmp_path / "True"), metrics_of(tmp_path / "False"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2)

@@ -3,6 +3,8 @@
 import json
 import logging
 import shutil
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -10,7 +12,8 @@ import torch
 from diffusers import UNet2DConditionModel
 
 import train
-from minisd.errors import DataError, NonFiniteError, UsageError
+from minisd import run_state
+from minisd.errors import DataError, DiskError, NonFiniteError, UsageError, run_script
 from minisd.lora import add_lora
 from minisd.lora_file import load_lora
 from minisd.weights import load_unet
@@ -29,12 +32,21 @@ def test_gradient_checkpointing_changes_no_bit(tiny_folder, dataset, tmp_path):
     assert all(torch.equal(plain[key], twice[key]) for key in plain)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-def test_a_compiled_run_computes_the_same(tiny_folder, dataset, tmp_path):
+def test_a_compiled_run_computes_the_same(tiny_folder, dataset, tmp_path, monkeypatch):
+    """The whole network in one graph. Generating its kernels, minutes on a CPU, is for tests/e2e/test_gpu.py."""
+    graphs = []
+
+    def backend(module, inputs):
+        graphs.append(module)
+        return aot_eager(module, inputs)
+
+    original, aot_eager = torch.compile, torch._dynamo.lookup_backend("aot_eager")
+    monkeypatch.setattr(torch, "compile", lambda unet: original(unet, backend=backend, fullgraph=True))
     options = {"max_train_steps": 2, "gradient_accumulation_steps": 1, "validation_prompts": ("cat",)}
     options["validation_inference_steps"] = 1
     plain = gradients_of(config_for(tiny_folder, dataset, tmp_path / "a", **options))
     fused = gradients_of(config_for(tiny_folder, dataset, tmp_path / "b", **options, compile=True))
+    assert len(graphs) == 1  # for both steps
     largest = max(gradient.abs().max() for gradient in plain.values())
     assert plain.keys() == fused.keys()
     assert all((plain[key] - fused[key]).abs().max() <= 1e-5 * largest for key in plain)
@@ -198,3 +210,46 @@ def test_weights_beyond_reason_are_not_saved(tiny_folder, dataset, tmp_path):
         with pytest.raises(NonFiniteError, match="beyond 10000; not saved"):
             train.train(config, ALONE)
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_memory_that_is_not_there_is_exit_code_8_with_the_sizes(tiny_folder, dataset, tmp_path, monkeypatch, capsys):
+    def exhausted(*_):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: 99 bytes")
+
+    monkeypatch.setattr(train, "loss_of", exhausted)
+    config = config_for(tiny_folder, dataset, tmp_path, train_batch_size=3, resolution=64)
+    assert run_script(partial(train.main, config), debug=False) == 8
+    said = capsys.readouterr().err
+    assert "--train-batch-size 3, --resolution 64, --rank 4" in said
+    assert "Traceback" not in said
+    assert json.loads((tmp_path / "run_status.json").read_text())["code"] == 8
+
+
+def test_an_output_folder_that_vanishes_is_exit_code_6(tiny_folder, dataset, tmp_path, monkeypatch, capsys):
+    config = config_for(tiny_folder, dataset, tmp_path / "run", cache_dir=tmp_path / "cache")
+    original, calls = train.loss_of, []
+
+    def loss_of(*args):
+        calls.append(None)
+        if len(calls) == 5:
+            shutil.rmtree(config.output)
+        return original(*args)
+
+    monkeypatch.setattr(train, "loss_of", loss_of)
+    assert run_script(partial(train.main, config), debug=False) == 6
+    assert "metrics.jsonl: cannot be written" in capsys.readouterr().err
+
+
+def test_a_disk_too_small_is_known_at_the_start(tiny_folder, dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
+    with pytest.raises(DiskError, match=r"\d+ bytes are needed, 10000 are free"):
+        train.train(config_for(tiny_folder, dataset, tmp_path), ALONE)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_processes_that_do_not_share_the_output_folder_are_refused(tiny_folder, dataset, tmp_path, monkeypatch):
+    """Another rank sees no run.lock there."""
+    (tmp_path / "run.lock").touch()
+    monkeypatch.setattr(run_state, "gather", lambda dist, value: [value, [value[0], False]])
+    with pytest.raises(DiskError, match="Put --output on a disk that they share"):
+        train.train(config_for(tiny_folder, dataset, tmp_path), ALONE)

@@ -22,9 +22,9 @@ from minisd.checkpoint import newest_checkpoint, prune_checkpoints, save_checkpo
 from minisd.errors import MinisdError
 
 _POWER = {
-    "": {"kills": 500, "naive_kills": 60, "keep": (2, 3), "changes": 500, "power_cuts": 1000},
-    "nightly": {"kills": 20_000, "naive_kills": 400, "keep": (2, 3, 4), "changes": 50_000, "power_cuts": 20_000},
-    "release": {"kills": 100_000, "naive_kills": 400, "keep": (2, 3, 4), "changes": 50_000, "power_cuts": 100_000},
+    "": {"kills": 500, "naive_kills": 1000, "keep": (2, 3), "changes": 500, "power_cuts": 1000},
+    "nightly": {"kills": 20_000, "naive_kills": 1000, "keep": (2, 3, 4), "changes": 50_000, "power_cuts": 20_000},
+    "release": {"kills": 100_000, "naive_kills": 1000, "keep": (2, 3, 4), "changes": 50_000, "power_cuts": 100_000},
 }
 SOAK = os.environ.get("MINISD_SOAK", "")
 POWER = _POWER[SOAK]  # how much is tried: with each change, or at night
@@ -49,8 +49,8 @@ def _write_in_place(folder: Path, step: int, files: dict[str, bytes]) -> None:
     final.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
         descriptor = os.open(final / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        for start in range(0, len(data), 512):
-            os.write(descriptor, data[start : start + 512])
+        for start in range(0, len(data), 128):
+            os.write(descriptor, data[start : start + 128])
         os.close(descriptor)
 
 

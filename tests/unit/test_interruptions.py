@@ -298,6 +298,7 @@ def test_workers_end_with_their_parent(start, end):
 def test_workers_outlive_what_is_meant_for_the_run(start):
     code = """
 with stop.deferred():
+    print("looping", flush=True)
     while not stop.requested:
         next(batches)
     for _ in range(50):
@@ -306,6 +307,7 @@ with stop.deferred():
 """
     process = start(START + LOADER.format(method="fork") + code)
     workers = [int(pid) for pid in process.first.split()]
+    assert process.stdout.readline() == "looping\n"
     for pid in [*workers, process.pid]:
         for number in SIGNALS:
             os.kill(pid, number)
