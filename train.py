@@ -81,7 +81,7 @@ def train(config: TrainConfig, dist: Distributed, stop: StopRequest = STOP, repo
     parameters = [parameter for _, parameter in lora_parameters(unet)]  # a list: AdamW would use an iterator up
     resumed_at = progress.step
     if report is not None:
-        report.step = resumed_at
+        report.resumed(resumed_at)
     batches = batches_from(config, dist, run)
     told = MetricsLog(config.output, config.report_to, json.loads(as_json(config))) if dist.is_main else nullcontext()
     bar = tqdm(total=run.max_train_steps, initial=resumed_at, desc="train", unit="step", disable=not dist.is_main)

@@ -12,6 +12,8 @@ s div (batches an epoch); its samples have the positions s * G to (s + 1) * G - 
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -99,6 +101,23 @@ class MicroBatches:
 
     def __len__(self) -> int:
         return max(0, self.max_steps - self.start_step) * self.accumulation_steps
+
+
+def picture_table(names: Sequence[str], pictures: Sequence[Size], geometries: Sequence[Geometry]) -> str:
+    """What becomes of each picture, as CSV: its size, its bucket, and the share of it that is cut away.
+
+    Args:
+        names: of the files.
+        pictures: their (height, width).
+        geometries: what is cut out of them.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["file_name", "width", "height", "bucket_width", "bucket_height", "cropped_share"])
+    for name, (height, width), geometry in zip(names, pictures, geometries, strict=True):
+        row = [name, width, height, geometry.size[1], geometry.size[0], f"{geometry.cropped_share:.4f}"]
+        writer.writerow(row)
+    return text.getvalue()
 
 
 def describe(plan: TrainingPlan, geometries: Sequence[Geometry], max_train_steps: int) -> str:

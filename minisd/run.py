@@ -20,9 +20,9 @@ from minisd.interruptions import StopRequest
 from minisd.latent_cache import cache_captions, cache_latents, identity
 from minisd.lora import lora_parameters
 from minisd.optimizer import make_optimizer
-from minisd.plan import MicroBatches, TrainingPlan, describe
+from minisd.plan import MicroBatches, TrainingPlan, describe, picture_table
 from minisd.run_setup import add_adapter, geometries_of, lora_info, read_data, resolution_of, training_model
-from minisd.run_state import Progress, TrainingState, describe_run, start_or_resume
+from minisd.run_state import Progress, TrainingState, describe_run, start_or_resume, write_if_new
 from minisd.tensor_cache import TensorCache
 from minisd.text import TextEncoder
 from minisd.training import Precision, recompute_activations
@@ -90,10 +90,21 @@ def prepare(config: TrainConfig, dist: Distributed, stop: StopRequest) -> Run:
     plan = TrainingPlan(geometries, images_per_step, config.seed)
     max_train_steps = steps_of_run(config, plan)
     weights = model_identities(config, dist, model)
-    description = describe_run(config, examples, surveys, images_per_step, max_train_steps, weights)
+    description = describe_run(
+        config,
+        examples,
+        surveys,
+        resolution=resolution,
+        images_per_step=images_per_step,
+        steps=max_train_steps,
+        weights=weights,
+    )
     info = lora_info(config, model, schedule, resolution, max_train_steps)
     state = TrainingState(unet, optimizer, precision.scaler(), Progress(), description, info)
     start_or_resume(config, dist, state)
+    if dist.is_main:
+        table = picture_table([e.path.name for e in examples], [found.size for found in surveys], geometries)
+        write_if_new(config.output / "pictures.csv", table.encode())
     log.info("%s", describe(plan, geometries, max_train_steps))
     stands = f"resuming at step {state.progress.step}" if state.progress.step else "starting at step 0"
     ratio = config.scale_alpha / config.rank

@@ -47,7 +47,7 @@ _FREE = {"data", "output", "revision", "variant", "cache_dir", "cache_latents", 
          "init_lora"}  # fmt: skip
 # What a run leaves in OUTPUT, beside the cache, which any run may use.
 _WRITTEN = ("checkpoints", "metrics.jsonl", "config.json", "lora.safetensors", "samples", "tensorboard",
-            "wandb_run_id", "bad_batch.json")  # fmt: skip
+            "wandb_run_id", "bad_batch.json", "pictures.csv")  # fmt: skip
 _LARGEST_WEIGHT = 1e4  # beyond it a LoRA is of no use, and float16 is near its end
 
 
@@ -66,6 +66,8 @@ def describe_run(
     config: TrainConfig,
     examples: Sequence[Example],
     surveys: Sequence[Survey],
+    *,
+    resolution: int,
     images_per_step: int,
     steps: int,
     weights: Mapping[str, str],
@@ -76,6 +78,7 @@ def describe_run(
         config: the options.
         examples: pictures and captions.
         surveys: the pictures' hashes.
+        resolution: the model's own if the option is not given.
         images_per_step: pictures in a step.
         steps: length of the run.
         weights: network -> weights.weights_id of it.
@@ -86,6 +89,7 @@ def describe_run(
     options = {name: value for name, value in asdict(config).items() if name not in _FREE}
     return {
         **options,
+        "resolution": resolution,
         "alpha": config.scale_alpha,
         "init_lora": None if config.init_lora is None else sha256_of(config.init_lora),
         "images_per_step": images_per_step,

@@ -88,6 +88,11 @@ class RunReport:
     step: int = 0
     checkpoint: Path | None = None
 
+    def resumed(self, step: int) -> None:
+        """Note where the run starts, and the checkpoint it goes on from if that is one of its own."""
+        checkpoint = self.output / "checkpoints" / f"step-{step:06d}"
+        self.step, self.checkpoint = step, checkpoint if checkpoint.exists() else None
+
     def saved(self, step: int, checkpoint: Path) -> None:
         """Note a new checkpoint, in the file as well. On the main rank only. Raises DiskError."""
         self.step, self.checkpoint = step, checkpoint

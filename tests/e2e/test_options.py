@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 from diffusers import UNet2DConditionModel
+from PIL import Image
 
 import train
 from minisd import run_state
@@ -124,8 +125,6 @@ def test_latents_that_are_not_finite_name_the_picture(tiny_folder, dataset, tmp_
 
 def test_a_picture_too_small_for_a_bucket_is_named(tiny_folder, dataset, tmp_path):
     shutil.copytree(dataset, tmp_path / "data")
-    from PIL import Image
-
     Image.new("RGB", (30, 5)).save(tmp_path / "data" / "train" / "2.png")
     with pytest.raises(DataError, match=r"2\.png.*30 x 5 pixels, expected at least 8 x 8.*--upscale"):
         train.train(config_for(tiny_folder, tmp_path / "data", tmp_path / "run"), ALONE)
@@ -141,6 +140,17 @@ def test_the_plan_is_printed_before_training(tiny_folder, dataset, tmp_path, cap
                   "cropped away: 0.0%", "fill each bucket's last batch: 1", "alpha / rank 2",
                   "starting at step 0"):  # fmt: skip
         assert words in said, words
+
+
+def test_what_is_cut_away_is_said_of_each_picture(tiny_folder, dataset, tmp_path):
+    shutil.copytree(dataset, tmp_path / "data")
+    Image.new("RGB", (128, 64)).save(tmp_path / "data" / "train" / "2.png")
+    config = config_for(tiny_folder, tmp_path / "data", tmp_path / "run", max_train_steps=1, buckets=False)
+    train.train(config, ALONE)
+    lines = (tmp_path / "run" / "pictures.csv").read_text().splitlines()
+    assert lines[0] == "file_name,width,height,bucket_width,bucket_height,cropped_share"
+    assert lines[1] == "0.png,64,64,64,64,0.0000"
+    assert lines[3] == "2.png,128,64,64,64,0.5000"
 
 
 def test_random_crops_are_drawn_and_refused_with_a_cache(tiny_folder, dataset, tmp_path):

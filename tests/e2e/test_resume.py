@@ -241,6 +241,13 @@ def test_another_dataset_or_base_model_is_refused(whole, dataset, tiny_folder, t
         train.train(TrainConfig(**{**vars(config), "model": str(tmp_path / "model")}), ALONE)
 
 
+def test_a_default_that_is_spelt_out_is_no_change(whole, tmp_path, monkeypatch):
+    config = again(whole[1], tmp_path)
+    run_until(config, 3, monkeypatch)
+    train.train(again(whole[1], tmp_path, resolution=64, train_batch_size=1), ALONE)
+    assert state_of(tmp_path, STEPS)[1] == state_of(whole[1].output, STEPS)[1]  # Adam's; the header names the option
+
+
 def test_a_change_that_is_allowed_is_made(whole, tmp_path, monkeypatch, caplog):
     config = again(whole[1], tmp_path)
     run_until(config, 3, monkeypatch)

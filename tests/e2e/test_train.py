@@ -27,7 +27,7 @@ def whole(tiny_folder, dataset, tmp_path_factory):
 
 def test_a_run_writes_its_files(whole):
     assert sorted(p.name for p in whole.output.iterdir()) == [
-        "cache", "checkpoints", "config.json", "lora.safetensors", "metrics.jsonl",
+        "cache", "checkpoints", "config.json", "lora.safetensors", "metrics.jsonl", "pictures.csv",
     ]  # fmt: skip
     lines = metrics_of(whole.output)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
