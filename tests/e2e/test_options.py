@@ -263,3 +263,16 @@ def test_processes_that_do_not_share_the_output_folder_are_refused(tiny_folder, 
     monkeypatch.setattr(run_state, "gather", lambda dist, value: [value, [value[0], False]])
     with pytest.raises(DiskError, match="Put --output on a disk that they share"):
         train.train(config_for(tiny_folder, dataset, tmp_path), ALONE)
+
+
+def test_a_gradient_that_is_no_number_ends_the_run_though_the_loss_is_one(tiny_folder, dataset, tmp_path, monkeypatch):
+    original = train.sum_gradients
+
+    def overflow(dist, parameters):
+        original(dist, parameters)
+        parameters[0].grad[0, 0] = torch.inf
+
+    monkeypatch.setattr(train, "sum_gradients", overflow)
+    with pytest.raises(NonFiniteError, match=r"step 1: loss \d.*gradient norm inf"):
+        train.train(config_for(tiny_folder, dataset, tmp_path), ALONE)
+    assert not (tmp_path / "checkpoints").exists()
