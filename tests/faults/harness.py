@@ -88,9 +88,20 @@ def wait(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def kill_after(work: Callable[[], None], delay: float) -> int:
-    """Run `work` in a child and kill it after `delay` seconds, unless it has ended; returns its exit code."""
-    pid = fork(work)
+def kill_after(work: Callable[[Callable[[], None]], None], delay: float, *, begun: bool) -> int:
+    """Run `work` in a child and kill it after `delay` seconds, unless it has ended; returns its exit code.
+
+    Args:
+        work: is given a function to call when it begins with what is to be interrupted.
+        delay: in seconds.
+        begun: count them from that call, and not from the fork, which takes long where the parent is large.
+    """
+    receive, send = os.pipe()
+    pid = fork(lambda: work(lambda: os.write(send, b".") and None))
+    os.close(send)
+    if begun:
+        os.read(receive, 1)  # nothing, if it ends before
+    os.close(receive)
     time.sleep(delay)
     os.kill(pid, signal.SIGKILL)  # a zombie takes it, too
     return wait(pid)

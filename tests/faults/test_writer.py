@@ -88,9 +88,13 @@ def kill_at_random(output: Path, kills: int, store, expected: bytes) -> list[str
     generator = random.Random(kills)
     folder = output / "checkpoints"
     found: list[str] = []
-    newest = done = 0
+    newest = done = gained = 0
     while done < kills and not (store is NAIVE and found):
-        code = kill_after(lambda: toy.train(output, steps=100, every=1, store=store), generator.uniform(0.0, 0.06))
+        code = kill_after(
+            lambda begin: toy.train(output, steps=100, every=1, store=store, begin=begin),
+            generator.uniform(0.0, 0.06),
+            begun=generator.random() < 0.9,
+        )
         done += code == -9
         if code > 0:
             found.append(f"kill {done}: cannot go on, exit code {code}")
@@ -99,12 +103,15 @@ def kill_at_random(output: Path, kills: int, store, expected: bytes) -> list[str
             step = 0 if path is None else verify_checkpoint(path)
             if step < newest:
                 found.append(f"kill {done}: step {newest} is lost, {step} is left")
+            gained += step - newest
             newest = step
         if code == 0 and result(output) != expected:
             found.append(f"kill {done}: another result")
         if code >= 0:  # finished, or lost
             shutil.rmtree(output)
             newest = 0
+    if store is CAREFUL and gained < 2 * done:
+        found.append(f"{done} kills came before the runs did anything: {gained} steps")
     return found
 
 

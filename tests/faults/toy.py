@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import safetensors.torch
@@ -16,8 +17,16 @@ from tests.faults.harness import CAREFUL, Store
 SIDE, SEED = 24, 3
 
 
-def train(output: Path, *, steps: int, every: int, keep: int = 2, store: Store = CAREFUL) -> None:
-    """Train, going on from the newest checkpoint; the result is OUTPUT/lora.safetensors."""
+def train(
+    output: Path,
+    *,
+    steps: int,
+    every: int,
+    keep: int = 2,
+    store: Store = CAREFUL,
+    begin: Callable[[], None] = lambda: None,
+) -> None:
+    """Train, going on from the newest checkpoint; the result is OUTPUT/lora.safetensors. `begin` is called first."""
     weight = torch.nn.Parameter(draws.noise(SEED, -1, (SIDE, SIDE)))
     named = [("weight", weight)]
     optimizer = torch.optim.AdamW([weight], lr=1e-2)
@@ -28,6 +37,7 @@ def train(output: Path, *, steps: int, every: int, keep: int = 2, store: Store =
         with torch.no_grad():
             weight.copy_(safetensors.torch.load((newest / "lora.safetensors").read_bytes())["weight"])
         load_optimizer(optimizer, named, safetensors.torch.load((newest / "optim.safetensors").read_bytes()))
+    begin()
     while step < steps:
         x = draws.noise(SEED, step, (4, SIDE))
         loss = (x @ weight - x.roll(1, 1)).square().mean()
