@@ -23,9 +23,9 @@ pytestmark = pytest.mark.skipif(MINUTES == 0, reason="make soak runs it")
 def measured(pid):
     """Resident bytes, open files and threads of a process."""
     status = Path(f"/proc/{pid}/status").read_text()
-    values = {line.split(":")[0]: line.split(":")[1].split()[0] for line in status.splitlines() if ":" in line}
+    values = dict(line.split(":", 1) for line in status.splitlines())
     files = len(list(Path(f"/proc/{pid}/fd").iterdir()))
-    return int(values["VmRSS"]) * 1024, files, int(values["Threads"])
+    return int(values["VmRSS"].split()[0]) * 1024, files, int(values["Threads"])
 
 
 def slope(xs, ys):
@@ -68,7 +68,10 @@ def test_nothing_grows(tiny_folder, dataset, tmp_path):
         growth, error = slope([entry[0] for entry in steady], [entry[1] for entry in steady])
         print(f"rank {rank}: {growth * 1000 / 2**20:.3f} +- {error * 1000 / 2**20:.3f} MiB in 1,000 steps")
         assert (growth - 2 * error) * 1000 < 2**20, rank
-        assert max(e[2] for e in steady) - min(e[2] for e in steady) <= 4  # a file being written
+        # Tensors come from a reader as open files: their number swings, and must not drift.
+        halves = (steady[: len(steady) // 2], steady[len(steady) // 2 :])
+        first, second = (statistics.median(entry[2] for entry in half) for half in halves)
+        assert second <= first + 1, rank
         assert len({entry[3] for entry in steady}) == 1
     kept = config.checkpoints_total_limit
     assert kept <= len(sizes) <= kept + 1  # one may have been on its way
