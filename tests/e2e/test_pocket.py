@@ -25,8 +25,10 @@ def trained(tmp_path_factory):
     demo.write_dataset(folder / "dataset")
     options = demo.training_options(steps=400)
     config = TrainConfig(data=folder / "dataset", output=folder / "lora", **options)
+    threads = torch.get_num_threads()
     torch.set_num_threads(2)
     train.train(config, Distributed(0, 1, torch.device("cpu")))
+    torch.set_num_threads(threads)
     return folder / "lora" / "lora.safetensors"
 
 

@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from minisd.checkpoint import newest_checkpoint, prune_checkpoints, save_checkpoint
 from minisd.errors import MinisdError
 
@@ -73,6 +75,9 @@ def fork(work: Callable[[], None]) -> int:
         return pid
     code = UNEXPECTED
     try:
+        torch.set_num_threads(
+            1
+        )  # an earlier test's pool of threads is not forked, and to wait for it is to wait for ever
         work()
         code = 0
     except MinisdError as error:

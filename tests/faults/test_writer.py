@@ -1,5 +1,6 @@
 """Whatever ends a save in the middle, the newest checkpoint or the one before it loads, and nothing torn does."""
 
+import json
 import os
 import random
 import shutil
@@ -12,7 +13,7 @@ import pytest
 from minisd import checkpoint
 from minisd.checkpoint import newest_checkpoint, prune_checkpoints, save_checkpoint, verify_checkpoint
 from minisd.errors import CheckpointError, DiskError
-from tests.faults import power, toy
+from tests.faults import power
 from tests.faults.harness import (
     CAREFUL,
     KILLED,
@@ -20,7 +21,6 @@ from tests.faults.harness import (
     POWER,
     SOAK,
     content,
-    kill_after,
     loaded_step,
     violations,
     with_fault,
@@ -76,59 +76,20 @@ def test_changed_bits_and_lengths_are_noticed(disk):
     assert verify_checkpoint(path) == 1
 
 
-def result(output: Path) -> bytes:
-    return (output / "lora.safetensors").read_bytes()
+def found_by_random_kills(disk: Path, name: str, kills: int) -> list[str]:
+    """What goes wrong in that many kills, in an interpreter that no other test has used: its forks must be quick."""
+    words = [sys.executable, "-m", "tests.faults.kills", str(disk), name, str(kills)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True, env=environment)
+    return json.loads(done.stdout)
 
 
-def kill_at_random(output: Path, kills: int, store, expected: bytes) -> list[str]:
-    """Train again and again, killed at random moments and started again; returns what went wrong.
-
-    The naive writer is let off at its first mishap.
-    """
-    generator = random.Random(kills)
-    folder = output / "checkpoints"
-    found: list[str] = []
-    newest = done = gained = 0
-    while done < kills and not (store is NAIVE and found):
-        code = kill_after(
-            lambda begin: toy.train(output, steps=100, every=1, store=store, begin=begin),
-            generator.uniform(0.0, 0.06),
-            begun=generator.random() < 0.9,
-        )
-        done += code == -9
-        if code > 0:
-            found.append(f"kill {done}: cannot go on, exit code {code}")
-        elif store is CAREFUL:
-            path = newest_checkpoint(folder)
-            step = 0 if path is None else verify_checkpoint(path)
-            if step < newest:
-                found.append(f"kill {done}: step {newest} is lost, {step} is left")
-            gained += step - newest
-            newest = step
-        if code == 0 and result(output) != expected:
-            found.append(f"kill {done}: another result")
-        if code >= 0:  # finished, or lost
-            shutil.rmtree(output)
-            newest = 0
-    if store is CAREFUL and gained < 2 * done:
-        found.append(f"{done} kills came before the runs did anything: {gained} steps")
-    return found
+def test_kills_at_random_moments_change_nothing(disk):
+    assert found_by_random_kills(disk, "careful", POWER["kills"]) == []
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    output = tmp_path_factory.mktemp("uninterrupted")
-    toy.train(output, steps=100, every=1)  # here: a child inherits what torch loads with the first step
-    return result(output)
-
-
-def test_kills_at_random_moments_change_nothing(disk, uninterrupted):
-    assert kill_at_random(disk / "run", POWER["kills"], CAREFUL, uninterrupted) == []
-
-
-def test_kills_at_random_moments_end_the_run_of_a_naive_writer(disk, uninterrupted, capfd):
-    assert kill_at_random(disk / "run", POWER["naive_kills"], NAIVE, uninterrupted)
-    capfd.readouterr()  # its tracebacks
+def test_kills_at_random_moments_end_the_run_of_a_naive_writer(disk):
+    assert found_by_random_kills(disk, "naive", POWER["naive_kills"])
 
 
 def lost_by_power_cuts(root: Path, count: int) -> list[str]:
