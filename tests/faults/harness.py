@@ -75,9 +75,8 @@ def fork(work: Callable[[], None]) -> int:
         return pid
     code = UNEXPECTED
     try:
-        torch.set_num_threads(
-            1
-        )  # an earlier test's pool of threads is not forked, and to wait for it is to wait for ever
+        # Threads that the parent has started are not forked with it, and work given to them is never done.
+        torch.set_num_threads(1)
         work()
         code = 0
     except MinisdError as error:
