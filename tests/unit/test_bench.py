@@ -16,7 +16,7 @@ def test_train_step_compares_the_same_computation_and_writes_its_figures(tmp_pat
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(output.read_text())
-    assert max(report["agreement"].values()) < 1e-4
+    assert max(report["agreement"].values()) < 1e-3
     assert report["flops_of_image"] > 0
     assert report["left_out"] == []
     (comparison,) = report["comparisons"]
