@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import nn
 
 from minisd.lora_layers import LoRAAdapter as LoRAAdapter
@@ -122,6 +123,15 @@ def lora_weights(model: nn.Module, name: str = "default") -> dict[str, LoRAWeigh
         ValueError: there is no adapter of that name.
     """
     return {path: layer.adapter(name).weights for path, layer in _with_adapter(model, name).items()}
+
+
+def copy_lora_weights(weights: Mapping[str, LoRAWeights], model: nn.Module) -> None:
+    """Copy weights of the same layers and shapes into the adapter "default", in place."""
+    current = lora_weights(model)
+    with torch.no_grad():
+        for path, lora in weights.items():
+            current[path].down.copy_(lora.down)
+            current[path].up.copy_(lora.up)
 
 
 def set_lora_scale(model: nn.Module, name: str, lora_scale: float) -> None:

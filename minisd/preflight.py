@@ -14,16 +14,18 @@ import numpy as np
 import torch
 from PIL import Image
 
-from minisd.config import DEFAULT_STEPS, TrainConfig
+from minisd.config import TrainConfig
 from minisd.data import read_dataset, with_trigger
 from minisd.distributed import Distributed, wait_for_all
 from minisd.errors import CheckpointError
 from minisd.images import to_pil
 from minisd.lora import add_lora
 from minisd.lora_file import load_lora
+from minisd.run import steps_of_run
 from minisd.run_setup import training_model
-from minisd.sampling import SamplingSettings, decode, denoise, native_size
+from minisd.sampling import decode, denoise
 from minisd.training import Precision
+from minisd.validation import validation_settings
 from minisd.weights import load_model
 
 log = logging.getLogger(__name__)
@@ -80,13 +82,7 @@ def _compare_reloaded(trial: TrainConfig, dist: Distributed, path: Path) -> None
     weights, _ = load_lora(path, model.unet)
     add_lora(model.unet, weights, name="default")
     model.unet.eval()
-    size = native_size(model) if trial.resolution is None else trial.resolution
-    settings = SamplingSettings(
-        height=size,
-        width=size,
-        num_inference_steps=trial.validation_inference_steps,
-        guidance_scale=trial.validation_guidance_scale,
-    )
+    settings = validation_settings(trial, model)
     prompt = with_trigger(trial.validation_prompts[0], trial.trigger)
     for latents in denoise(model, prompt, [trial.seed], settings):  # noqa: B007 (the last ones are decoded below)
         pass
@@ -107,8 +103,7 @@ def _report(config: TrainConfig, folder: Path) -> list[str]:
     checkpoint = sum(path.stat().st_size for path in (folder / "checkpoints" / f"step-{_STEPS:06d}").iterdir())
     cache = sum(path.stat().st_size for path in config.cache_folder.glob("*.safetensors"))
     state = json.loads((folder / "checkpoints" / f"step-{_STEPS:06d}" / "state.json").read_bytes())
-    epoch = state["circumstances"]["steps_per_epoch"]
-    steps = config.max_train_steps or (config.num_train_epochs * epoch if config.num_train_epochs else DEFAULT_STEPS)
+    steps = steps_of_run(config, state["circumstances"]["steps_per_epoch"])
     disk = checkpoint * (config.checkpoints_total_limit + 1) + checkpoint // 3 + cache
     place = "GPU" if torch.cuda.is_available() else "process"
     return [

@@ -88,7 +88,7 @@ def prepare(config: TrainConfig, dist: Distributed, stop: StopRequest) -> Run:
     resolution = resolution_of(config, model)
     geometries = geometries_of(config, examples, surveys, resolution, model.vae.pixels_per_latent)
     plan = TrainingPlan(geometries, images_per_step, config.seed)
-    max_train_steps = steps_of_run(config, plan)
+    max_train_steps = steps_of_run(config, plan.steps_per_epoch)
     weights = model_identities(config, dist, model)
     description = describe_run(
         config,
@@ -119,10 +119,10 @@ def prepare(config: TrainConfig, dist: Distributed, stop: StopRequest) -> Run:
     )
 
 
-def steps_of_run(config: TrainConfig, plan: TrainingPlan) -> int:
+def steps_of_run(config: TrainConfig, steps_per_epoch: int) -> int:
     """Length of the run in optimizer steps."""
     if config.num_train_epochs is not None:
-        return config.num_train_epochs * plan.steps_per_epoch
+        return config.num_train_epochs * steps_per_epoch
     return DEFAULT_STEPS if config.max_train_steps is None else config.max_train_steps
 
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from minisd.buckets import Geometry, bucket_geometry, default_step, square_geometry
@@ -17,7 +16,7 @@ from minisd.data import Example, Survey, read_dataset, survey, with_trigger
 from minisd.ddpm import NoiseSchedule
 from minisd.distributed import Distributed, gather_shares
 from minisd.errors import DataError, UsageError
-from minisd.lora import TARGETS, inject_lora, lora_weights
+from minisd.lora import TARGETS, copy_lora_weights, inject_lora, lora_weights
 from minisd.lora_file import load_lora
 from minisd.lora_info import LoRAInfo, base_model_version
 from minisd.sampling import native_size
@@ -75,10 +74,7 @@ def _start_from(path: Path, unet: nn.Module) -> None:
             f"--init-lora {path}: it has {len(weights)} layers with (rank, alpha) {kinds}, this run {len(current)} of "
             "its own. Give the same --rank, --alpha and --lora-targets."
         )
-    with torch.no_grad():
-        for name, lora in weights.items():
-            current[name].down.copy_(lora.down)
-            current[name].up.copy_(lora.up)
+    copy_lora_weights(weights, unet)
     log.info("starting from the weights of %s with a fresh optimizer; this is not a resumed run", path)
 
 

@@ -28,7 +28,7 @@ from minisd.config import TrainConfig
 from minisd.data import Example, Survey
 from minisd.distributed import Distributed, gather, wait_for_all
 from minisd.errors import CheckpointError, DiskError, NonFiniteError, UsageError
-from minisd.lora import lora_parameters, lora_weights
+from minisd.lora import copy_lora_weights, lora_parameters, lora_weights
 from minisd.lora_file import load_lora, lora_bytes
 from minisd.lora_info import LoRAInfo
 from minisd.optimizer import load_optimizer, optimizer_tensors
@@ -195,10 +195,7 @@ def restore_run(checkpoint: Path, state: TrainingState, allow_change: Collection
         n: (w.down.shape, w.up.shape) for n, w in current.items()
     }:
         raise CheckpointError(f"{checkpoint}: its adapters are for other layers than this run's, or of another rank.")
-    with torch.no_grad():
-        for name, saved_weights in weights.items():
-            current[name].down.copy_(saved_weights.down)
-            current[name].up.copy_(saved_weights.up)
+    copy_lora_weights(weights, state.unet)
     moments = safetensors.torch.load((checkpoint / "optim.safetensors").read_bytes())
     load_optimizer(state.optimizer, parameters, moments)
     if saved["loss_scale"] and state.scaler.is_enabled():

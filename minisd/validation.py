@@ -22,6 +22,17 @@ def is_due(config: TrainConfig, step: int, max_train_steps: int) -> bool:
     return bool(config.validation_prompts) and (step % config.validation_steps == 0 or step == max_train_steps)
 
 
+def validation_settings(config: TrainConfig, model: StableDiffusion) -> SamplingSettings:
+    """How a validation picture is drawn: a square of the training resolution."""
+    size = native_size(model) if config.resolution is None else config.resolution
+    return SamplingSettings(
+        height=size,
+        width=size,
+        num_inference_steps=config.validation_inference_steps,
+        guidance_scale=config.validation_guidance_scale,
+    )
+
+
 def draw_validation(
     config: TrainConfig, dist: Distributed, model: StableDiffusion, step: int, stop: StopRequest, *, keep: bool
 ) -> list[Path]:
@@ -49,13 +60,7 @@ def draw_validation(
         for number, prompt in enumerate(prompts)
         for image in range(config.validation_num_images)
     ]
-    size = native_size(model) if config.resolution is None else config.resolution
-    settings = SamplingSettings(
-        height=size,
-        width=size,
-        num_inference_steps=config.validation_inference_steps,
-        guidance_scale=config.validation_guidance_scale,
-    )
+    settings = validation_settings(config, model)
     mine = [entry for entry in pictures[dist.rank :: dist.world_size] if not (keep and entry[0].exists())]
     folder.mkdir(parents=True, exist_ok=True)
     with _ready_to_draw(model, dist.device):

@@ -11,6 +11,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 
 from minisd.pocket import scenes
+from minisd.weights import load_text_encoder, load_vae
 from tests.tiny import write_tiny_model
 
 
@@ -20,6 +21,18 @@ def tiny_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny-sd1")
     write_tiny_model(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def vae(tiny_folder):
+    """The tiny model's VAE."""
+    return load_vae(tiny_folder)
+
+
+@pytest.fixture(scope="module")
+def text_encoder(tiny_folder):
+    """The tiny model's text encoder."""
+    return load_text_encoder(tiny_folder)
 
 
 @pytest.fixture(scope="session")

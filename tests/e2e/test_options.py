@@ -195,7 +195,7 @@ def test_a_loss_that_is_no_number_writes_down_the_batch(tiny_folder, dataset, tm
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_float16_that_overflows_at_every_scale_ends_the_run(tiny_folder, dataset, tmp_path, monkeypatch):
+def make_gradients_infinite(monkeypatch):
     original = train.sum_gradients
 
     def overflow(dist, parameters):
@@ -203,6 +203,10 @@ def test_float16_that_overflows_at_every_scale_ends_the_run(tiny_folder, dataset
         parameters[0].grad[0, 0] = torch.inf
 
     monkeypatch.setattr(train, "sum_gradients", overflow)
+
+
+def test_float16_that_overflows_at_every_scale_ends_the_run(tiny_folder, dataset, tmp_path, monkeypatch):
+    make_gradients_infinite(monkeypatch)
     config = config_for(tiny_folder, dataset, tmp_path, mixed_precision="fp16", max_train_steps=30)
     with pytest.raises(NonFiniteError, match=r"overflowed (1\d|20) times in a row"):
         train.train(config, ALONE)
@@ -266,13 +270,7 @@ def test_processes_that_do_not_share_the_output_folder_are_refused(tiny_folder, 
 
 
 def test_a_gradient_that_is_no_number_ends_the_run_though_the_loss_is_one(tiny_folder, dataset, tmp_path, monkeypatch):
-    original = train.sum_gradients
-
-    def overflow(dist, parameters):
-        original(dist, parameters)
-        parameters[0].grad[0, 0] = torch.inf
-
-    monkeypatch.setattr(train, "sum_gradients", overflow)
+    make_gradients_infinite(monkeypatch)
     with pytest.raises(NonFiniteError, match=r"step 1: loss \d.*gradient norm inf"):
         train.train(config_for(tiny_folder, dataset, tmp_path), ALONE)
     assert not (tmp_path / "checkpoints").exists()

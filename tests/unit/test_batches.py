@@ -27,22 +27,11 @@ from minisd.plan import MicroBatches, TrainingPlan
 from minisd.tensor_cache import TensorCache
 from minisd.text import TextEncoder
 from minisd.vae import AutoencoderKL
-from minisd.weights import load_text_encoder, load_vae
 
 ALONE = Distributed(0, 1, torch.device("cpu"))
 SEED = 3
 SPLITS = [(1, 4, 1), (1, 1, 4), (2, 2, 1), (2, 1, 2), (4, 1, 1)]  # processes, micro-steps, batch
 BUCKETS = [Geometry((40, 40), (32, 40)), Geometry((40, 48), (40, 40)), Geometry((32, 32), (32, 32))]
-
-
-@pytest.fixture(scope="module")
-def vae(tiny_folder: Path) -> AutoencoderKL:
-    return load_vae(tiny_folder)
-
-
-@pytest.fixture(scope="module")
-def text_encoder(tiny_folder: Path) -> TextEncoder:
-    return load_text_encoder(tiny_folder)
 
 
 Make = Callable[..., TrainingSamples]

@@ -21,20 +21,10 @@ from minisd.latent_cache import View, cache_captions, cache_latents, caption_key
 from minisd.tensor_cache import TensorCache
 from minisd.text import TextEncoder
 from minisd.vae import AutoencoderKL
-from minisd.weights import load_text_encoder, load_vae
+from minisd.weights import load_vae
 
 ALONE = Distributed(0, 1, torch.device("cpu"))
 GEOMETRY = Geometry((40, 48), (32, 48))
-
-
-@pytest.fixture(scope="module")
-def vae(tiny_folder: Path) -> AutoencoderKL:
-    return load_vae(tiny_folder)
-
-
-@pytest.fixture(scope="module")
-def text_encoder(tiny_folder: Path) -> TextEncoder:
-    return load_text_encoder(tiny_folder)
 
 
 @pytest.fixture
