@@ -41,6 +41,8 @@ _CHOICES: Mapping[str, tuple[Any, ...]] = {
     "interpolation_type": ("linear",),
     "timestep_type": ("discrete",),
     "final_sigmas_type": ("zero",),
+    "original_inference_steps": (50,),
+    "timestep_scaling": (10.0,),
 }
 # Numbers: the type, and the bounds a value must lie strictly between.
 _RANGES: Mapping[str, tuple[type[int] | type[float], float, float]] = {
@@ -53,7 +55,7 @@ _RANGES: Mapping[str, tuple[type[int] | type[float], float, float]] = {
 # sampler), belong to thresholding (refused above), or clip latents (Stable Diffusion's pipeline turns it off).
 _INERT = """skip_prk_steps clip_sample clip_sample_range dynamic_thresholding_ratio sample_max_value solver_order
     solver_type solver_p algorithm_type predict_x0 disable_corrector lower_order_final euler_at_final
-    lambda_min_clipped original_inference_steps timestep_scaling flow_shift time_shift_type"""
+    lambda_min_clipped flow_shift time_shift_type"""
 
 
 @dataclass(frozen=True)

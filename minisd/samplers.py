@@ -1,11 +1,9 @@
-"""The reverse process: from noise to latents in a few network calls. One function for each sampler.
+"""The reverse process: from noise, or from a picture and noise, to latents in a few network calls.
 
-A sampler is a generator that yields the latents after every step, so that its caller owns the progress bar. It calls
-`draw_noise` exactly when diffusers draws, so that one `torch.Generator` gives the same picture in both.
-
-Two views of one process meet here. DDPM and DDIM keep x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps, of variance 1. Euler
-works on x_t / sqrt(abar) = x_0 + sigma eps, with sigma = sqrt((1 - abar) / abar): there the path to follow is a plain
-differential equation (Karras et al., arXiv:2206.00364, section 2). DPM-Solver++ keeps the former and counts in sigmas.
+The samplers are one function each, in three files by what they count in: vp_samplers (timesteps), sigma_samplers (noise
+levels) and multistep_samplers (log signal-to-noise ratios). A sampler is a generator that yields the latents after
+every network call, so that its caller owns the progress bar. It draws noise exactly when diffusers does, so that one
+`torch.Generator` gives the same picture in both.
 
 The factors of a step are 0-d float32 tensors: no step waits for the device, and the latents keep their dtype.
 """
@@ -14,23 +12,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-import torch
 from torch import Tensor
 
-from minisd.ddpm import (
-    NoiseSchedule,
-    NoiseScheduleConfig,
-    PredictionType,
-    TimestepSpacing,
-    epsilon_from_output,
-    original_from_output,
-)
+from minisd.ddpm import NoiseSchedule, NoiseScheduleConfig, TimestepSpacing
 from minisd.errors import UsageError
-from minisd.sampler_grids import dpm_grid, euler_grid, timestep_grid
+from minisd.multistep_samplers import dpmpp_2m, dpmpp_2m_sde, unipc
+from minisd.sampler_grids import Model, Noise, Walk
+from minisd.sigma_samplers import euler, euler_ancestral, heun
+from minisd.vp_samplers import ddim, ddpm, lcm, pndm
 
-# (sample [B, 4, h, w], timestep 0-d) -> the network's output, [B, 4, h, w]: eps, v or x_0. Euler's may be fractional.
-Model = Callable[[Tensor, Tensor], Tensor]
-Noise = Callable[[], Tensor]  # a fresh standard normal draw with the shape, dtype and device of the latents
+SAMPLERS: Mapping[str, Callable[[Model, Walk], Iterator[Tensor]]] = {
+    "ddpm": ddpm,
+    "ddim": ddim,
+    "pndm": pndm,
+    "euler": euler,
+    "euler-a": euler_ancestral,
+    "heun": heun,
+    "dpm++2m": dpmpp_2m,
+    "dpm++2m-sde": dpmpp_2m_sde,
+    "unipc": unipc,
+    "lcm": lcm,
+}
+KARRAS_SAMPLERS = ("euler", "heun", "dpm++2m", "dpm++2m-sde", "unipc")
 
 
 def default_spacing(config: NoiseScheduleConfig, sampler: str) -> TimestepSpacing:
@@ -42,208 +45,100 @@ def default_spacing(config: NoiseScheduleConfig, sampler: str) -> TimestepSpacin
     """
     if config.timestep_spacing is not None:
         return config.timestep_spacing
-    return "leading" if sampler in ("ddpm", "ddim") else "linspace"
+    return "leading" if sampler in ("ddpm", "ddim", "pndm", "lcm") else "linspace"
 
 
-def ddpm(
-    model: Model,
-    latents: Tensor,
-    schedule: NoiseSchedule,
-    num_inference_steps: int,
-    *,
-    spacing: TimestepSpacing,
-    draw_noise: Noise,
-) -> Iterator[Tensor]:
-    """Walk the original ancestral chain over some of its timesteps: DDPM, arXiv:2006.11239, algorithm 2.
+def _check_name(name: str) -> None:
+    if name not in SAMPLERS:
+        raise UsageError(f"--scheduler is {name}; choose one of {', '.join(SAMPLERS)}")
+
+
+def _first_step(num_inference_steps: int, strength: float) -> int:
+    """Return how many steps image to image leaves out, in the roundings of diffusers' pipeline."""
+    if not 0 <= strength <= 1:
+        raise UsageError(f"--strength is {strength}; expected above 0 and at most 1")
+    taken = min(int(num_inference_steps * strength), num_inference_steps)
+    if taken < 1:
+        raise UsageError(
+            f"--strength {strength} of --num-inference-steps {num_inference_steps} leaves no step to take;"
+            " expected a product of at least 1"
+        )
+    return num_inference_steps - taken
+
+
+def number_of_calls(name: str, num_inference_steps: int, strength: float = 1.0) -> int:
+    """Return how often a sampler calls the network, which is how often it yields.
 
     Args:
-        model: the network, guidance included.
-        latents: standard normal, [B, 4, h, w].
-        schedule: of the model.
-        num_inference_steps: network calls, from 1.
-        spacing: how the timesteps are chosen.
-        draw_noise: called once after each network call but at t = 0.
-
-    Yields:
-        The latents after each step, [B, 4, h, w] in the dtype of `latents`.
+        name: one of SAMPLERS.
+        num_inference_steps: of the whole way, from 1.
+        strength: of image to image, above 0 and at most 1; 1 for text to image.
 
     Raises:
-        UsageError: `num_inference_steps` is impossible.
+        UsageError: no such sampler, or no step is left.
     """
-    timesteps = timestep_grid(schedule.config, num_inference_steps, spacing).round().long()
-    visited = [*timesteps.tolist(), -1]
-    for i, timestep in enumerate(timesteps.to(latents.device)):
-        output = model(latents, timestep)
-        noise = draw_noise() if visited[i] > 0 else None
-        latents = schedule.step(output, visited[i], visited[i + 1], latents, noise)
-        yield latents
-
-
-def ddim(
-    model: Model,
-    latents: Tensor,
-    schedule: NoiseSchedule,
-    num_inference_steps: int,
-    *,
-    spacing: TimestepSpacing,
-    eta: float = 0.0,
-    draw_noise: Noise,
-) -> Iterator[Tensor]:
-    """Step as if no timestep had been skipped, with less noise or none: DDIM, arXiv:2010.02502, eq. 12 and 16.
-
-    Args: see `ddpm`; and
-        eta: share of DDPM's noise, from 0 (the latents alone decide the picture) to 1.
-        draw_noise: called once after each network call, the last included, and never when `eta` is 0.
-    """
-    config, alphas_cumprod = schedule.config, schedule.alphas_cumprod
-    timesteps = timestep_grid(config, num_inference_steps, spacing).round().long()
-    stride = config.num_train_timesteps // num_inference_steps  # diffusers' way back, not the next of a linspace grid
-    final = alphas_cumprod[0] if config.set_alpha_to_one is False else torch.ones_like(alphas_cumprod[0])
-    for t, timestep in zip(timesteps.tolist(), timesteps.to(latents.device), strict=True):
-        output = model(latents, timestep)
-        abar, abar_prev = alphas_cumprod[t], alphas_cumprod[t - stride] if t >= stride else final
-        factors = abar.sqrt(), (1 - abar).sqrt()
-        original = original_from_output(output, latents, factors, config.prediction_type)
-        epsilon = epsilon_from_output(output, latents, factors, config.prediction_type)
-        std = eta * ((1 - abar_prev) / (1 - abar) * (1 - abar / abar_prev)).sqrt()
-        latents = abar_prev.sqrt() * original + (1 - abar_prev - std**2).sqrt() * epsilon
-        if eta > 0:
-            latents = latents + std * draw_noise()
-        yield latents
-
-
-def _denoised(output: Tensor, sample: Tensor, sigma: Tensor, prediction_type: PredictionType) -> Tensor:
-    """Return the x_0 that the output implies for sample = x_0 + sigma eps (v is that of the scaled sample)."""
-    if prediction_type == "epsilon":
-        return sample - sigma * output
-    if prediction_type == "v_prediction":
-        return output * (-sigma / (sigma**2 + 1).sqrt()) + sample / (sigma**2 + 1)
-    return output
-
-
-def euler(
-    model: Model,
-    latents: Tensor,
-    schedule: NoiseSchedule,
-    num_inference_steps: int,
-    *,
-    spacing: TimestepSpacing,
-    karras: bool = False,
-) -> Iterator[Tensor]:
-    """Follow dx/dsigma = (x - x_0) / sigma in straight steps: arXiv:2206.00364, algorithm 2 without its churn.
-
-    Args: see `ddpm`; and
-        karras: take the noise levels of `karras_sigmas`, between the same two ends.
-    """
-    timesteps, sigmas, scale = euler_grid(schedule, num_inference_steps, spacing, karras=karras)
-    latents = latents * scale
-    for i, timestep in enumerate(timesteps.to(latents.device)):
-        sigma = sigmas[i]
-        output = model(latents / (sigma**2 + 1).sqrt(), timestep)
-        sample = latents.float()  # a step in half precision would lose what it adds
-        slope = (sample - _denoised(output, sample, sigma, schedule.config.prediction_type)) / sigma
-        latents = (sample + slope * (sigmas[i + 1] - sigma)).to(output.dtype)
-        yield latents
-
-
-def euler_ancestral(
-    model: Model,
-    latents: Tensor,
-    schedule: NoiseSchedule,
-    num_inference_steps: int,
-    *,
-    spacing: TimestepSpacing,
-    draw_noise: Noise,
-) -> Iterator[Tensor]:
-    """Step below the next noise level and add fresh noise up to it: k-diffusion's sample_euler_ancestral.
-
-    Args: see `ddpm`; and
-        draw_noise: called once after each network call, the last included, where it is multiplied by 0.
-    """
-    timesteps, sigmas, scale = euler_grid(schedule, num_inference_steps, spacing, karras=False)
-    latents = latents * scale
-    for i, timestep in enumerate(timesteps.to(latents.device)):
-        sigma, sigma_to = sigmas[i], sigmas[i + 1]
-        output = model(latents / (sigma**2 + 1).sqrt(), timestep)
-        sample = latents.float()
-        # up^2 + down^2 = to^2, with DDPM's posterior variance as up^2.
-        sigma_up = (sigma_to**2 * (sigma**2 - sigma_to**2) / sigma**2).sqrt()
-        sigma_down = (sigma_to**2 - sigma_up**2).sqrt()
-        slope = (sample - _denoised(output, sample, sigma, schedule.config.prediction_type)) / sigma
-        latents = (sample + slope * (sigma_down - sigma) + draw_noise() * sigma_up).to(output.dtype)
-        yield latents
-
-
-def dpmpp_2m(
-    model: Model,
-    latents: Tensor,
-    schedule: NoiseSchedule,
-    num_inference_steps: int,
-    *,
-    spacing: TimestepSpacing,
-    karras: bool = False,
-) -> Iterator[Tensor]:
-    """Extrapolate x_0 from the last two network calls: DPM-Solver++ (2M), arXiv:2211.01095, algorithm 2.
-
-    Args: see `ddpm`; and
-        karras: take the noise levels of `karras_sigmas` over the whole table; `spacing` then means nothing.
-    """
-    timesteps, sigmas = dpm_grid(schedule, num_inference_steps, spacing, karras=karras)
-    alphas = 1 / (sigmas**2 + 1).sqrt()  # sqrt(abar), and spreads sqrt(1 - abar)
-    spreads = sigmas * alphas
-    lambdas = alphas.log() - spreads.log()  # half the log SNR; infinite at the end
-    previous: Tensor | None = None
-    for i, timestep in enumerate(timesteps.to(latents.device)):
-        output = model(latents, timestep)
-        original = original_from_output(output, latents, (alphas[i], spreads[i]), schedule.config.prediction_type)
-        h = lambdas[i + 1] - lambdas[i]
-        factor = alphas[i + 1] * (torch.exp(-h) - 1)
-        stepped = (spreads[i + 1] / spreads[i]) * latents.float() - factor * original
-        # First order where there is no second point: at the start, and at the end where h is infinite.
-        if previous is not None and i < num_inference_steps - 1:
-            slope = (1 / ((lambdas[i] - lambdas[i - 1]) / h)) * (original - previous)
-            stepped = stepped - 0.5 * factor * slope
-        previous, latents = original, stepped.to(output.dtype)
-        yield latents
-
-
-SAMPLERS: Mapping[str, Callable[..., Iterator[Tensor]]] = {
-    "ddpm": ddpm,
-    "ddim": ddim,
-    "euler": euler,
-    "euler-a": euler_ancestral,
-    "dpm++2m": dpmpp_2m,
-}
-KARRAS_SAMPLERS = ("euler", "dpm++2m")
+    _check_name(name)
+    taken = num_inference_steps - _first_step(num_inference_steps, strength)
+    if name == "heun":
+        return 2 * taken - 1
+    return taken + 1 if name == "pndm" and num_inference_steps > 1 else taken
 
 
 def sample_loop(
     name: str,
     model: Model,
-    latents: Tensor,
+    noise: Tensor,
     schedule: NoiseSchedule,
     num_inference_steps: int,
     *,
+    image_latents: Tensor | None = None,
+    strength: float = 1.0,
     spacing: TimestepSpacing | None = None,
     karras: bool | None = None,
     eta: float = 0.0,
     draw_noise: Noise,
 ) -> Iterator[Tensor]:
-    """Run a sampler by name. No spacing is `default_spacing`; no `karras` is the config's, where the sampler has it.
+    """Run a sampler by name.
+
+    Args:
+        name: one of SAMPLERS.
+        model: the network, guidance included.
+        noise: standard normal, [B, 4, h, w].
+        schedule: of the model, on the device of `noise`.
+        num_inference_steps: steps of the whole way, from 1.
+        image_latents: pictures to begin with, scaled, in the shape and dtype of `noise`: image to image. None: text to
+            image.
+        strength: share of the way that is taken, above 0 and at most 1. With 1 the pictures are all but forgotten.
+        spacing: how the timesteps are chosen; None is `default_spacing`.
+        karras: noise levels spaced by arXiv:2206.00364, eq. 5; None is the model's, where the sampler has it.
+        eta: share of DDPM's noise that DDIM adds, from 0 to 1.
+        draw_noise: makes the noise that the sampler adds on its way.
+
+    Yields:
+        The latents after each network call, [B, 4, h, w] in the dtype of `noise`: `number_of_calls` of them.
 
     Raises:
-        UsageError: no such sampler, it has no such option, or (at the first step) an impossible number of steps.
+        UsageError: no such sampler, it has no such option, no step is left, or (when the first latents are asked for)
+            an impossible number of steps.
     """
-    if name not in SAMPLERS:
-        raise UsageError(f"--scheduler is {name}; choose one of {', '.join(SAMPLERS)}")
+    _check_name(name)
     if karras and name not in KARRAS_SAMPLERS:
         raise UsageError(f"--karras means nothing to {name}; samplers that take it: {', '.join(KARRAS_SAMPLERS)}")
     if eta and name != "ddim":
         raise UsageError(f"eta is {eta}, which means nothing to {name}; the sampler that takes it: ddim")
-    grid = spacing if spacing is not None else default_spacing(schedule.config, name)
-    if name == "ddim":
-        return ddim(model, latents, schedule, num_inference_steps, spacing=grid, eta=eta, draw_noise=draw_noise)
-    if name in KARRAS_SAMPLERS:
-        use = schedule.config.use_karras_sigmas if karras is None else karras
-        return SAMPLERS[name](model, latents, schedule, num_inference_steps, spacing=grid, karras=use)
-    return SAMPLERS[name](model, latents, schedule, num_inference_steps, spacing=grid, draw_noise=draw_noise)
+    if spacing is not None and name == "lcm":
+        raise UsageError("--timestep-spacing means nothing to lcm, whose timesteps are those it was distilled on")
+    if image_latents is None and strength != 1:
+        raise UsageError(f"--strength is {strength}, which means nothing without --init-image")
+    walk = Walk(
+        schedule=schedule,
+        num_inference_steps=num_inference_steps,
+        spacing=spacing if spacing is not None else default_spacing(schedule.config, name),
+        karras=name in KARRAS_SAMPLERS and (schedule.config.use_karras_sigmas if karras is None else karras),
+        eta=eta,
+        noise=noise,
+        image_latents=image_latents,
+        first_step=0 if image_latents is None else _first_step(num_inference_steps, strength),
+        draw_noise=draw_noise,
+    )
+    return SAMPLERS[name](model, walk)

@@ -1,6 +1,9 @@
 """Every sampler against diffusers, along the whole way: timesteps, inputs of the network, latents, noise drawn."""
 
+import inspect
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -8,7 +11,8 @@ import torch
 from torch import Tensor
 
 from minisd.ddpm import NoiseSchedule, NoiseScheduleConfig
-from minisd.samplers import KARRAS_SAMPLERS, SAMPLERS, ddim, ddpm, sample_loop
+from minisd.samplers import KARRAS_SAMPLERS, SAMPLERS, default_spacing, number_of_calls, sample_loop
+from tests.parity.test_ddpm import BETAS, HUB
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__")  # diffusers with numpy 2
 
@@ -16,23 +20,38 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__")  # diffusers with nu
 ORACLES = {
     "ddpm": diffusers.DDPMScheduler,
     "ddim": diffusers.DDIMScheduler,
+    "pndm": diffusers.PNDMScheduler,
     "euler": diffusers.EulerDiscreteScheduler,
     "euler-a": diffusers.EulerAncestralDiscreteScheduler,
+    "heun": diffusers.HeunDiscreteScheduler,
     "dpm++2m": diffusers.DPMSolverMultistepScheduler,
+    "dpm++2m-sde": diffusers.DPMSolverMultistepScheduler,
+    "unipc": diffusers.UniPCMultistepScheduler,
+    "lcm": diffusers.LCMScheduler,
 }
 SD15 = NoiseScheduleConfig(set_alpha_to_one=False)
 SPACINGS = ["leading", "linspace", "trailing"]
-# name, karras, eta
-VARIANTS = [
-    ("ddpm", False, 0.0),
-    ("ddim", False, 0.0),
-    ("ddim", False, 0.7),
-    ("euler", False, 0.0),
-    ("euler", True, 0.0),
-    ("euler-a", False, 0.0),
-    ("dpm++2m", False, 0.0),
-    ("dpm++2m", True, 0.0),
+ZERO_SNR = NoiseScheduleConfig(set_alpha_to_one=False, prediction_type="v_prediction", rescale_betas_zero_snr=True)
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    spacing: str | None = None  # LCM's alone is its own
+    karras: bool = False
+    eta: float = 0.0
+
+    def __str__(self) -> str:
+        return "-".join([self.name, *[str(x) for x in (self.spacing, self.karras and "karras", self.eta) if x]])
+
+
+CASES = [
+    *(Case(name, spacing) for name in SAMPLERS if name != "lcm" for spacing in SPACINGS),
+    *(Case(name, spacing, karras=True) for name in KARRAS_SAMPLERS for spacing in SPACINGS),
+    *(Case("ddim", spacing, eta=0.7) for spacing in SPACINGS),
+    Case("lcm"),
 ]
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
 class Recorder:
@@ -54,123 +73,176 @@ def make_noise(latents: Tensor, seed: int) -> tuple[torch.Generator, Callable[[]
     return generator, lambda: torch.randn(latents.shape, generator=generator, dtype=latents.dtype)
 
 
-def make_oracle(name: str, config: NoiseScheduleConfig, spacing: str, karras: bool) -> diffusers.SchedulerMixin:
+def make_oracle(case: Case, config: NoiseScheduleConfig) -> diffusers.SchedulerMixin:
     options = {
         "beta_start": config.beta_start,
         "beta_end": config.beta_end,
         "beta_schedule": config.beta_schedule,
         "prediction_type": config.prediction_type,
         "steps_offset": config.steps_offset,
-        "timestep_spacing": spacing,
+        "timestep_spacing": case.spacing,
         "rescale_betas_zero_snr": config.rescale_betas_zero_snr,
+        "set_alpha_to_one": config.set_alpha_to_one,
+        "use_karras_sigmas": case.karras,
+        "clip_sample": False,
+        "skip_prk_steps": True,
+        "algorithm_type": "sde-dpmsolver++" if case.name == "dpm++2m-sde" else "dpmsolver++",
     }
-    if name in ("ddpm", "ddim"):
-        options["clip_sample"] = False
-    if name == "ddim":
-        options["set_alpha_to_one"] = config.set_alpha_to_one
-    if name in KARRAS_SAMPLERS:
-        options["use_karras_sigmas"] = karras
-    return ORACLES[name](**options)
+    known = inspect.signature(ORACLES[case.name].__init__).parameters
+    oracle = ORACLES[case.name](**{name: value for name, value in options.items() if name in known})
+    if case.name == "heun" and config.rescale_betas_zero_snr:  # has no such option: give it Euler's table
+        oracle.alphas_cumprod = make_oracle(replace(case, name="euler"), config).alphas_cumprod
+    return oracle
 
 
 def assert_same_way(
-    name: str, config: NoiseScheduleConfig, spacing: str, karras: bool, eta: float, steps: int, dtype: torch.dtype
+    case: Case,
+    config: NoiseScheduleConfig,
+    steps: int,
+    dtype: torch.dtype = torch.float64,
+    strength: float | None = None,
+    oracle: diffusers.SchedulerMixin | None = None,
 ) -> None:
-    latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    """Hold the whole way to diffusers': text to image, or with a strength its StableDiffusionImg2ImgPipeline."""
+    draws = torch.Generator().manual_seed(1)
+    noise, image = (torch.randn(2, 4, 4, 4, generator=draws, dtype=dtype) for _ in range(2))
+    # DPM-Solver++'s SDE draws in float32 whatever the latents are, the others in their dtype.
+    as_drawn = noise.float() if case.name == "dpm++2m-sde" else noise
 
-    oracle, their_model, expected = make_oracle(name, config, spacing, karras), Recorder(), []
-    their_generator, _ = make_noise(latents, 5)
+    oracle, their_model, expected = oracle or make_oracle(case, config), Recorder(), []
+    their_generator, _ = make_noise(noise, 5)
     oracle.set_timesteps(steps)
-    if name in ("euler", "euler-a", "dpm++2m"):
-        # Left alone, it looks its first step up by timestep, and where two round to the same it skips one.
-        oracle.set_begin_index(0)
-    sample = latents * oracle.init_noise_sigma
-    options = {"eta": eta} if name == "ddim" else {}
-    if name in ("ddpm", "ddim", "euler-a"):
+    if strength is not None:
+        pipeline = SimpleNamespace(scheduler=oracle)
+        timesteps, _ = diffusers.StableDiffusionImg2ImgPipeline.get_timesteps(pipeline, steps, strength, "cpu")
+        sample = oracle.add_noise(image, noise, timesteps[:1].repeat(2))
+    else:
+        timesteps, sample = oracle.timesteps, noise * oracle.init_noise_sigma
+        if hasattr(oracle, "set_begin_index"):
+            # Left alone, it looks its first step up by timestep, and where two round to the same it skips one.
+            oracle.set_begin_index(0)
+    accepted = inspect.signature(oracle.step).parameters
+    options = {"eta": case.eta} if "eta" in accepted else {}
+    if "generator" in accepted:
         options["generator"] = their_generator
-    for timestep in oracle.timesteps:
+    for timestep in timesteps:
         output = their_model(oracle.scale_model_input(sample, timestep), timestep)
         sample = oracle.step(output, timestep, sample, **options).prev_sample
         expected.append(sample)
 
     our_model = Recorder()
-    generator, draw_noise = make_noise(latents, 5)
-    schedule = NoiseSchedule(config)
-    got = list(
-        sample_loop(
-            name, our_model, latents, schedule, steps, spacing=spacing, karras=karras, eta=eta, draw_noise=draw_noise
-        )
+    generator, draw_noise = make_noise(as_drawn, 5)
+    way = sample_loop(
+        case.name,
+        our_model,
+        noise,
+        NoiseSchedule(config),
+        steps,
+        image_latents=None if strength is None else image,
+        strength=1.0 if strength is None else strength,
+        spacing=case.spacing,
+        karras=case.karras,
+        eta=case.eta,
+        draw_noise=draw_noise,
     )
+    got = list(way)
 
-    # Diffusers takes logarithms of float32 sigmas in float32 on the way to Euler's Karras timesteps; the rest is exact.
-    inexact = 1e-4 if name == "euler" and karras else 0.0
+    assert len(got) == len(our_model.samples) == len(expected) == number_of_calls(case.name, steps, strength or 1.0)
+    # Diffusers takes logarithms of float32 sigmas in float32 on the way to these timesteps; the rest is exact.
+    inexact = 1e-4 if case.karras and case.name in ("euler", "heun") else 0.0
     torch.testing.assert_close(
         torch.stack(our_model.timesteps), torch.stack(their_model.timesteps), rtol=0, atol=inexact
     )
     # Euler and DPM-Solver++ cast the latents to float32 in every step whatever they are, in diffusers and here: the
     # float64 tolerance holds because the roundings are the same.
     tolerance = 1e-10 if dtype == torch.float64 else 1e-5
-    where = f"{name} {spacing} {steps} steps: "
-    for i in range(steps):
+    for i in range(len(expected)):
         for ours, theirs in [(our_model.samples[i], their_model.samples[i]), (got[i], expected[i])]:
             torch.testing.assert_close(
-                ours, theirs, rtol=tolerance, atol=tolerance, msg=lambda text, i=i: f"{where}step {i}: {text}"
+                ours,
+                theirs,
+                rtol=tolerance,
+                atol=tolerance,
+                msg=lambda text, i=i: f"{case} {steps} steps, strength {strength}, call {i}: {text}",
             )
     # As many draws: the next number of both generators is the same.
     assert torch.equal(generator.get_state(), their_generator.get_state())
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def exists_in_diffusers(case: Case, config: NoiseScheduleConfig) -> bool:
+    if case.name in ("pndm", "euler-a") and config.prediction_type == "sample":
+        return False  # test_prediction_types_with_the_same_belief_take_the_same_way covers them
+    if case.name == "pndm" and config.rescale_betas_zero_snr:
+        return False  # refused
+    # sampler_grids.dpm_grid says why
+    return not (case.karras and case.name.startswith("dpm++2m") and config.beta_schedule == "squaredcos_cap_v2")
+
+
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize(("name", "karras", "eta"), VARIANTS)
-def test_trajectory_equals_the_oracle(name, karras, eta, spacing, prediction_type, dtype):
-    if name == "euler-a" and prediction_type == "sample":
-        return  # not in diffusers; test_euler_ancestral_of_x0_models covers it
+@every_case
+def test_text_to_image_equals_the_oracle(case, prediction_type):
     config = NoiseScheduleConfig(set_alpha_to_one=False, prediction_type=prediction_type)
-    for steps in (4, 10, 20, 25, 50):
-        assert_same_way(name, config, spacing, karras, eta, steps, dtype)
+    if exists_in_diffusers(case, config):
+        for steps in (1, 2, 3, 4, 10, 25, 50):
+            assert_same_way(case, config, steps)
 
 
-@pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize(("name", "karras", "eta"), VARIANTS)
-def test_one_step_odd_steps_and_other_configs(name, karras, eta, spacing):
-    for steps in (1, 2, 3, 48, 167):
-        assert_same_way(name, SD15, spacing, karras, eta, steps, torch.float64)
-    # alpha 1 at DDIM's end, no offset, the cosine schedule
-    config = NoiseScheduleConfig(set_alpha_to_one=True, steps_offset=0, beta_schedule="squaredcos_cap_v2")
-    if (name, karras) != ("dpm++2m", True):  # sampler_grids.dpm_grid says why
-        assert_same_way(name, config, spacing, karras, eta, 20, torch.float64)
-    config = NoiseScheduleConfig(set_alpha_to_one=False, prediction_type="v_prediction", rescale_betas_zero_snr=True)
-    assert_same_way(name, config, spacing, karras, eta, 20, torch.float64)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@every_case
+def test_image_to_image_equals_the_oracle(case, prediction_type):
+    config = NoiseScheduleConfig(set_alpha_to_one=False, prediction_type=prediction_type)
+    for steps in (1, 7, 20):
+        assert_same_way(case, config, steps, strength=1.0)
+    for steps, strength in [(2, 0.5), (3, 0.7), (10, 0.3), (10, 0.1), (20, 0.95), (25, 0.75)]:
+        assert_same_way(case, config, steps, strength=strength)
 
 
-@pytest.mark.parametrize("name", ["euler", "euler-a", "dpm++2m"])
+@every_case
+def test_odd_steps_single_precision_and_other_configs(case):
+    assert_same_way(case, SD15, 49)
+    if case.name != "lcm":
+        assert_same_way(case, SD15, 167)
+    for strength in (None, 0.6):
+        assert_same_way(case, SD15, 20, torch.float32, strength)
+        # alpha 1 at DDIM's end, no offset, the cosine schedule
+        cosine = NoiseScheduleConfig(set_alpha_to_one=True, steps_offset=0, beta_schedule="squaredcos_cap_v2")
+        for config in (cosine, ZERO_SNR):
+            if exists_in_diffusers(case, config):
+                assert_same_way(case, config, 20, strength=strength)
+
+
+MODELS = {**HUB, "says-little": {"_class_name": "DDIMScheduler", **BETAS, "steps_offset": 1}}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("model", MODELS)
+def test_a_published_model_with_its_scheduler_swapped(model, name):
+    """What the model's file does not say, the default of the sampler's own class decides: spacing, alpha at the end."""
+    of_the_folder = getattr(diffusers, MODELS[model]["_class_name"]).from_config(MODELS[model])
+    options = {"algorithm_type": "sde-dpmsolver++"} if name == "dpm++2m-sde" else {}
+    if name in ("ddpm", "ddim"):
+        options["clip_sample"] = False  # which the pipeline's constructor sees to, and a swap forgets
+    if name == "pndm":
+        options["skip_prk_steps"] = True
+    oracle = ORACLES[name].from_config(of_the_folder.config, **options)
+    config = NoiseScheduleConfig.from_json(MODELS[model], xl=model == "sdxl")
+    assert default_spacing(config, name) == oracle.config.timestep_spacing
+    for steps, strength in [(25, None), (6, None), (25, 0.4)]:
+        assert_same_way(Case(name), config, steps, strength=strength, oracle=oracle)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_half_precision_latents_keep_their_dtype_and_equal_the_oracle(name):
-    assert_same_way(name, SD15, "leading", False, 0.0, 20, torch.float16)
+    assert_same_way(Case(name, None if name == "lcm" else "leading"), SD15, 20, torch.float16)
 
 
-def test_euler_ancestral_of_x0_models():
-    """An x0 network with the same belief as an epsilon network takes the same way."""
-    latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(1))
-    ways = []
-    for prediction_type in ("epsilon", "sample"):
-        schedule = NoiseSchedule(NoiseScheduleConfig(prediction_type=prediction_type))
-
-        def model(sample: Tensor, timestep: Tensor, schedule: NoiseSchedule = schedule) -> Tensor:
-            epsilon = torch.tanh(sample)
-            timesteps = timestep.round().long().view(1)
-            if schedule.config.prediction_type == "epsilon":
-                return epsilon
-            abar = schedule.alphas_cumprod[timesteps]
-            return (sample - (1 - abar).sqrt() * epsilon) / abar.sqrt()
-
-        _, draw_noise = make_noise(latents, 5)
-        ways.append(
-            list(sample_loop("euler-a", model, latents, schedule, 10, spacing="trailing", draw_noise=draw_noise))
-        )
-    for epsilon_way, sample_way in zip(*ways, strict=True):
-        torch.testing.assert_close(epsilon_way, sample_way, rtol=1e-4, atol=1e-3)
+@pytest.mark.parametrize("image", [False, True])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_bfloat16_latents_keep_their_dtype(name, image):
+    latents = torch.ones(1, 4, 4, 4, dtype=torch.bfloat16)
+    options = {"image_latents": latents, "strength": 0.5} if image else {}
+    for step in sample_loop(name, Recorder(), latents, NoiseSchedule(SD15), 6, draw_noise=lambda: latents, **options):
+        assert step.dtype == torch.bfloat16
 
 
 # Sum of |x| at the end, of diffusers 0.42.1: SD1.5's config, output = input t / (t + 1), generator of seed 0.
@@ -185,16 +257,21 @@ GOLDEN = [
         20,
         70.7280,
     ),
+    ("pndm", {}, {}, 20, 202.4588),
     ("euler", {}, {}, 20, 189.6054),
     ("euler", {}, {"spacing": "leading"}, 20, 189.3475),
     ("euler", {"prediction_type": "v_prediction"}, {}, 20, 75.8329),
     ("euler", {}, {"karras": True}, 20, 191.9294),
     ("euler-a", {}, {}, 20, 265.2741),
+    ("heun", {}, {}, 20, 220.2617),
     ("dpm++2m", {}, {}, 20, 190.4985),
     ("dpm++2m", {}, {}, 10, 184.0657),
     ("dpm++2m", {}, {"karras": True}, 20, 205.5888),
     ("dpm++2m", {"prediction_type": "v_prediction"}, {}, 20, 82.7924),
+    ("dpm++2m-sde", {}, {}, 20, 287.0174),
+    ("unipc", {}, {}, 20, 190.3589),
     ("ddpm", {}, {}, 20, 261.8940),
+    ("lcm", {}, {}, 4, 189.0072),
 ]
 
 
@@ -207,32 +284,3 @@ def test_golden_sums(name, fields, options, steps, expected):
         name, lambda x, t: x * t / (t + 1), latents, schedule, steps, draw_noise=draw_noise, **options
     )
     assert last.abs().sum().item() == pytest.approx(expected, abs=1e-3)
-
-
-def test_ddim_with_all_the_noise_and_no_skipped_timestep_is_ddpm():
-    schedule = NoiseSchedule(NoiseScheduleConfig(num_train_timesteps=50, steps_offset=0, set_alpha_to_one=True))
-    latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    _, draw = make_noise(latents, 5)
-    _, draw_again = make_noise(latents, 5)
-    ancestral = ddpm(Recorder(), latents, schedule, 50, spacing="trailing", draw_noise=draw)
-    implicit = ddim(Recorder(), latents, schedule, 50, spacing="trailing", eta=1.0, draw_noise=draw_again)
-    for ours, other in zip(ancestral, implicit, strict=True):
-        torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_the_loop_never_waits_for_the_device(name):
-    latents = torch.ones(1, 4, 8, 8, device="cuda")
-    schedule = NoiseSchedule(SD15).to("cuda")
-    way = sample_loop(
-        name, lambda x, t: x * t / (t + 1), latents, schedule, 10, draw_noise=lambda: torch.ones_like(latents)
-    )
-    next(way)  # the grid is made and moved here, once
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        *_, last = way
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert last.isfinite().all()
