@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from minisd.training import Precision
-from minisd.unet import UNet2DConditionModel, UNetConfig
+from minisd.unet import UNet2DConditionModel
+from minisd.unet_config import UNetConfig
 
 Weights = Mapping[str, Tensor]
 Layout = Literal["shipped", "contiguous", "channels-last"]

@@ -12,6 +12,9 @@ from dataclasses import MISSING, fields
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+MAX_LAYERS = 128  # in one block; the deepest published one has 10
+MAX_SIZE = 1_000_000  # of anything that is a number of channels, heads or pixels
+
 
 def known_fields(raw: Mapping[str, Any], config_class: type) -> dict[str, Any]:
     """Pick the constructor arguments of a config dataclass out of a Hub config.json.
@@ -66,6 +69,13 @@ def refuse_others(
             raise ValueError(f"{name}={value!r} is not supported")
 
 
+def check_counts(counts: Mapping[str, int]) -> None:
+    """Raise ValueError where a network would have so many layers that building it never ends."""
+    for name, count in counts.items():
+        if count > MAX_LAYERS:
+            raise ValueError(f"{name}={count} is not supported (at most {MAX_LAYERS} are)")
+
+
 def check_groups(block_out_channels: tuple[int, ...], norm_num_groups: int) -> None:
     """Raise ValueError where a GroupNorm could not split its channels."""
     for width in block_out_channels:
@@ -85,4 +95,4 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, tuple) and value != () and all(_fits(item, get_args(hint)[0]) for item in value)
     if hint is float:
         return type(value) in (int, float) and 0 < value < math.inf
-    return type(value) is hint and (hint is not int or value > 0)
+    return type(value) is hint and (hint is not int or 0 < value <= MAX_SIZE)

@@ -1,37 +1,47 @@
-"""Prompts to `encoder_hidden_states`, through CLIP's text encoder (arXiv:2103.00020), which transformers provides.
+"""Prompts to what the UNet reads, through one or two CLIP text encoders (arXiv:2103.00020), which transformers has.
 
-Shape letters: B batch, S tokens of a prompt (77 in the published models), E width (768 in SD 1.x, 1024 in SD 2.x).
+A prompt longer than the 75 tokens that CLIP takes is encoded in chunks, each with a start and an end mark of its own,
+and the UNet attends to all of them.
+
+Shape letters: B prompts, K chunks, T tokens of a chunk, marks and padding included (77 in the published models),
+S = K T positions, E width (768 in SD 1.x, 1024 in SD 2.x, 768 + 1280 in XL), P width of the pooled prompt (XL: 1280).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from minisd.errors import WeightsError
-from minisd.model_files import read_json
+from minisd.errors import UsageError
+from minisd.prompts import parse_weights
 
-# The numbers of text_encoder/config.json that shape the network, and what bounds them: a billion layers, say, would be
-# built for ever before any weight is missed.
-_SIZES = {
-    "vocab_size": 1_000_000,
-    "hidden_size": 16_384,
-    "intermediate_size": 65_536,
-    "num_hidden_layers": 128,
-    "num_attention_heads": 256,
-    "max_position_embeddings": 4_096,
-}
+MAX_CHUNKS = 20
+_MAX_CHARACTERS = 100_000  # as many tokens would take minutes to count
 
 
-class TextEncoder:
-    """CLIP's tokenizer and text network, frozen. What the UNet was trained on: every position, padding included.
+@dataclass(frozen=True)
+class TextEmbeddings:
+    """What the UNet reads of B prompts.
+
+    Attributes:
+        hidden_states: [B, S, E].
+        pooled: [B, P] of an XL model, else None.
+    """
+
+    hidden_states: Tensor
+    pooled: Tensor | None
+
+
+class CLIP:
+    """One tokenizer and its text network, frozen.
 
     Args:
-        network: transformers' CLIPTextModel.
+        network: transformers' CLIPTextModel, or CLIPTextModelWithProjection, whose pooled output is used.
         tokenizer: transformers' CLIPTokenizer.
     """
 
@@ -41,119 +51,180 @@ class TextEncoder:
         config: Any = network.config
         self.width: int = config.hidden_size
         self.vocabulary_size: int = config.vocab_size
+        self.layers: int = config.num_hidden_layers
         self.max_tokens: int = min(tokenizer.model_max_length, config.max_position_embeddings)
+        self._transformer: Any = getattr(network, "text_model", network)  # of CLIPTextModelWithProjection
+        self._vectors: dict[int, list[int]] = {}  # token of a textual inversion -> its rows of the embedding
+
+    @property
+    def pooled_width(self) -> int | None:
+        """P; None if the network has no projection."""
+        projection = getattr(self.network, "text_projection", None)
+        return None if projection is None else len(projection.weight)
+
+    def add_token(self, token: str, vectors: Tensor) -> None:
+        """Teach a word its vectors [n, E] (textual inversion, arXiv:2208.01618): they take the place of n tokens.
+
+        Raises:
+            UsageError: the vectors are of another width, or the word is a token already.
+        """
+        if vectors.dim() != 2 or vectors.shape[1] != self.width:
+            raise UsageError(f"the word {token!r}: its vectors are {list(vectors.shape)}, expected [n, {self.width}].")
+        if self.tokenizer.add_tokens([token]) != 1:
+            raise UsageError(f"the word {token!r} has a meaning already, of the model or of another LoRA. Rename it.")
+        embedding = self._transformer.embeddings.token_embedding
+        first, table = embedding.num_embeddings, embedding.weight
+        grown = nn.Embedding.from_pretrained(torch.cat([table, vectors.to(table)]))
+        self._transformer.embeddings.token_embedding = grown
+        rows = list(range(first, first + len(vectors)))
+        self._vectors[self.tokenizer.convert_tokens_to_ids(token)] = rows
+
+    def tokens(self, text: str) -> list[int]:
+        """Rows of the embedding for a text, without the marks."""
+        ids = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        return [row for token in ids for row in self._vectors.get(token, [token])]
+
+    def encode(self, chunks: Sequence[Sequence[int]], clip_skip: int, *, penultimate: bool) -> tuple[Tensor, Tensor]:
+        """Encode chunks of at most T - 2 tokens: [K, T, E], and the end mark's final state [K, E].
+
+        Args:
+            chunks: K of them, as `tokens` gives them.
+            clip_skip: layers left out at the end.
+            penultimate: read one layer before that, as it is; else normalised like a last layer.
+        """
+        start, end, pad = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        rows = [[start, *chunk, end, *[pad] * (self.max_tokens - 2 - len(chunk))] for chunk in chunks]
+        input_ids = torch.tensor(rows, device=next(self.network.parameters()).device)
+        # No attention mask: Stable Diffusion was trained with padding attended to like any other token.
+        output = self._transformer(input_ids, output_hidden_states=True)
+        final: Tensor = output.last_hidden_state
+        ends = torch.tensor([len(chunk) + 1 for chunk in chunks], device=final.device)
+        pooled = final[torch.arange(len(chunks), device=final.device), ends]
+        if not penultimate and clip_skip == 0:
+            return final, pooled
+        hidden: Tensor = output.hidden_states[-1 - clip_skip - penultimate]
+        return hidden if penultimate else self._transformer.final_layer_norm(hidden), pooled
+
+
+class TextEncoder:
+    """The text side of a model: one CLIP in SD 1.x and 2.x, two side by side in XL (arXiv:2307.01952, 2.1).
+
+    Args:
+        clips: the encoders, in the order in which the UNet reads them. The last of two gives the pooled prompt.
+        zeros_when_absent: whether zeros stand for a prompt that is not given, as XL was trained; else "" does.
+    """
+
+    def __init__(self, clips: Sequence[CLIP], *, zeros_when_absent: bool = False) -> None:
+        assert len(clips) in (1, 2)
+        self.clips = list(clips)
+        self.zeros_when_absent = zeros_when_absent
+        self.width = sum(clip.width for clip in clips)
+        self.pooled_width = clips[-1].pooled_width if len(clips) == 2 else None
+        self.max_tokens = min(clip.max_tokens for clip in clips)
 
     @torch.no_grad()
-    def __call__(self, captions: Sequence[str]) -> Tensor:
-        """Encode captions [B] to [B, S, E], the last layer after its LayerNorm, in the network's dtype.
+    def __call__(
+        self,
+        captions: Sequence[str | None],
+        *,
+        weighted: bool = False,
+        clip_skip: int = 0,
+        chunks: int | None = None,
+    ) -> TextEmbeddings:
+        """Encode captions, in the networks' dtype.
 
-        A caption is cut to S tokens, start and end marks included, or padded to S.
+        Args:
+            captions: B texts; None is a prompt that is not given.
+            weighted: read `(word:1.2)` as in prompts.parse_weights.
+            clip_skip: layers left out at the end of each network (A1111 counts one more: its 1 is 0 here).
+            chunks: K, to which shorter captions are padded with empty chunks and longer ones are cut; None for what the
+                longest needs.
+
+        Raises:
+            UsageError: a caption needs more than MAX_CHUNKS chunks, or the network has no such layer.
         """
         assert not isinstance(captions, str), "pass a list of captions"
-        tokens = self.tokenizer(
-            list(captions), padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt"
-        )
-        # No attention mask: Stable Diffusion was trained with padding attended to like any other token.
-        return self.network(tokens.input_ids.to(self.device)).last_hidden_state
+        if chunks is None and any(len(text or "") > _MAX_CHARACTERS for text in captions):
+            raise UsageError(
+                f"a prompt is longer than {_MAX_CHARACTERS} characters, the most that is read. Shorten it."
+            )
+        pieces = [parse_weights(text or "") if weighted else [(text or "", 1.0)] for text in captions]
+        needed = chunks or max(self._chunks_of(clip, caption) for clip in self.clips for caption in pieces)
+        if needed > MAX_CHUNKS:
+            most = MAX_CHUNKS * (self.max_tokens - 2)
+            raise UsageError(f"a prompt is longer than {most} tokens, the most that is taken. Shorten it.")
+        columns = [[self._encode(clip, caption, clip_skip, needed) for caption in pieces] for clip in self.clips]
+        hidden = torch.cat([torch.stack([states for states, _ in column]) for column in columns], dim=-1)
+        pooled = None
+        if self.pooled_width is not None:
+            projection: Any = self.clips[-1].network.text_projection
+            pooled = projection(torch.stack([state for _, state in columns[-1]]))  # [B, E] -> [B, P]
+        if self.zeros_when_absent:
+            absent = [index for index, text in enumerate(captions) if text is None]
+            for tensor in (hidden, pooled):
+                if tensor is not None:
+                    tensor[absent] = 0
+        return TextEmbeddings(hidden, pooled)
+
+    def _encode(
+        self, clip: CLIP, pieces: Sequence[tuple[str, float]], clip_skip: int, chunks: int
+    ) -> tuple[Tensor, Tensor]:
+        """One caption through one network: [K T, E], and the pooled state of its first chunk [E]."""
+        if not 0 <= clip_skip < clip.layers - (len(self.clips) - 1):
+            raise UsageError(f"--clip-skip {clip_skip}: the text encoder has {clip.layers} layers.")
+        size = self.max_tokens - 2
+        tokens = [(token, weight) for text, weight in pieces for token in clip.tokens(text)]
+        cut = [tokens[i * size : (i + 1) * size] for i in range(chunks)]
+        ids = [[token for token, _ in chunk] for chunk in cut]
+        hidden, pooled = clip.encode(ids, clip_skip, penultimate=len(self.clips) == 2)
+        if any(weight != 1 for _, weight in tokens):
+            rows = [[1.0, *(weight for _, weight in chunk), *[1.0] * (size + 1 - len(chunk))] for chunk in cut]
+            states = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+            weighted = states * torch.tensor(rows, dtype=states.dtype, device=states.device)[..., None]  # [K, T, E]
+            # A1111's rule: what the weights do to the mean of the whole prompt is undone.
+            hidden = (weighted * (states.mean() / weighted.mean())).to(hidden.dtype)
+        return hidden.flatten(0, 1), pooled[0]
+
+    def _chunks_of(self, clip: CLIP, pieces: Sequence[tuple[str, float]]) -> int:
+        count = sum(len(clip.tokens(text)) for text, _ in pieces)
+        return max(1, math.ceil(count / (self.max_tokens - 2)))
 
     def token_count(self, caption: str) -> int:
         """Tokens in a caption, without the start and end marks."""
-        return len(self.tokenizer(caption, add_special_tokens=False, verbose=False).input_ids)
+        return max(len(clip.tokens(caption)) for clip in self.clips)
 
-    def is_truncated(self, caption: str) -> bool:
-        """Whether the end of the caption is cut off, for being longer than S - 2 tokens (75)."""
-        return self.token_count(caption) > self.max_tokens - 2
+    def chunks(self, captions: Sequence[str]) -> int:
+        """Chunks that the longest caption needs, at least 1."""
+        return max(max(1, math.ceil(self.token_count(caption) / (self.max_tokens - 2))) for caption in captions)
+
+    def add_tokens(self, vectors: Mapping[str, Tensor]) -> None:
+        """Teach words their vectors, see CLIP.add_token.
+
+        Raises:
+            UsageError: they do not fit, or this is a model of two text encoders, which have different widths.
+        """
+        if vectors and len(self.clips) != 1:
+            raise UsageError(f"the words {', '.join(vectors)} have vectors for SD 1.x or 2.x, not for an XL model.")
+        for token, values in vectors.items():
+            self.clips[0].add_token(token, values)
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks by their names in a model folder."""
+        names = ("text_encoder", "text_encoder_2")
+        return {name: clip.network for name, clip in zip(names, self.clips, strict=False)}
 
     def to(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextEncoder:
-        """Move the network, in place like nn.Module.to; None leaves that property alone."""
-        self.network.to(device=device, dtype=dtype)
+        """Move the networks, in place like nn.Module.to; None leaves that property alone."""
+        for clip in self.clips:
+            clip.network.to(device=device, dtype=dtype)
         return self
 
     @property
     def device(self) -> torch.device:
-        """Where the network is and the embeddings come out."""
-        return next(self.network.parameters()).device
+        """Where the networks are and the embeddings come out."""
+        return next(self.clips[0].network.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the network and of the embeddings."""
-        return next(self.network.parameters()).dtype
-
-
-def clip_on_meta(raw: Mapping[str, Any]) -> nn.Module:
-    """Build the CLIP text network that a text_encoder/config.json describes, without weights.
-
-    Only the fields that shape the network are taken over: transformers would act on others (download an attention
-    kernel, for one).
-
-    Raises:
-        ValueError: the file describes another kind of network, or a field is missing or of the wrong type.
-    """
-    from transformers import CLIPTextConfig, CLIPTextModel  # seconds to import, so not before it is needed
-
-    if raw.get("model_type") != "clip_text_model":
-        raise ValueError(f"model_type={raw.get('model_type')!r} is not supported (only 'clip_text_model' is)")
-    if raw.get("use_attention_mask"):
-        raise ValueError("use_attention_mask=true is not supported")
-    sizes = {name: raw.get(name) for name in _SIZES}
-    for name, value in sizes.items():
-        if type(value) is not int or not 1 <= value <= _SIZES[name]:
-            raise ValueError(f"{name}={value!r} is not a whole number from 1 to {_SIZES[name]}")
-    if raw["hidden_size"] % raw["num_attention_heads"]:
-        raise ValueError(f"hidden_size={raw['hidden_size']} is not a multiple of {raw['num_attention_heads']} heads")
-    activation, eps = raw.get("hidden_act", "quick_gelu"), raw.get("layer_norm_eps", 1e-5)
-    if activation not in ("quick_gelu", "gelu"):
-        raise ValueError(f"hidden_act={activation!r} is not supported (only 'quick_gelu' and 'gelu' are)")
-    if type(eps) is not float or not 0 < eps < 1:
-        raise ValueError(f"layer_norm_eps={eps!r} is not a small number")
-    # The token ids are those of the published files. Only the pooled output, unused here, depends on them.
-    config = CLIPTextConfig(
-        **sizes, hidden_act=activation, layer_norm_eps=eps, bos_token_id=0, eos_token_id=2, pad_token_id=1
-    )
-    with torch.device("meta"):
-        network: nn.Module = CLIPTextModel(config)
-    for module in network.modules():
-        if isinstance(getattr(module, "position_ids", None), Tensor):  # not in the checkpoint, so nothing would fill it
-            module.position_ids = torch.arange(config.max_position_embeddings).unsqueeze(0)
-    return network
-
-
-def clip_key(key: str) -> str | None:
-    """Give a checkpoint's key the name that the network has for it, or None for what no text network uses.
-
-    Files on the Hub have the prefix "text_model."; transformers has dropped it from its network, and writes none, since
-    5.6.
-    """
-    if key.endswith("embeddings.position_ids") or key == "logit_scale":  # a constant in older files; the loss's
-        return None
-    if key.startswith(("vision_model.", "visual_projection.")):
-        return None
-    return key.removeprefix("text_model.")
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """Load the CLIP tokenizer in folder, without any request to the Hub.
-
-    Which token pads is decided by special_tokens_map.json where there is one: "!" in SD 2.x, whatever
-    tokenizer_config.json says.
-
-    Raises:
-        WeightsError: a file is missing or damaged.
-    """
-    from transformers import CLIPTokenizer
-
-    # Without these transformers would build a tokenizer of three tokens, silently.
-    vocabulary = folder / ("tokenizer.json" if (folder / "tokenizer.json").is_file() else "vocab.json")
-    if not read_json(vocabulary):
-        raise WeightsError(f"{vocabulary}: empty. Download it again.")
-    if vocabulary.name == "vocab.json" and not (folder / "merges.txt").is_file():
-        raise WeightsError(f"{folder / 'merges.txt'}: missing. Download the tokenizer again.")
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # the tokenizers library raises plain Exception for a file it cannot parse
-        raise WeightsError(
-            f"{folder}: the tokenizer cannot be loaded ({' '.join(str(error).split())[:200]})."
-        ) from error
-    if type(tokenizer.model_max_length) is not int or tokenizer.model_max_length < 3:
-        raise WeightsError(f"{folder}: model_max_length={tokenizer.model_max_length!r} is not a number of tokens.")
-    return tokenizer
+        """The dtype of the networks and of the embeddings."""
+        return next(self.clips[0].network.parameters()).dtype

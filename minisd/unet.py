@@ -1,99 +1,21 @@
 """The denoiser: a UNet whose blocks look at the prompt (UNet2DConditionModel; arXiv:2112.10752, 3.2 and 3.3), with the
-attribute names of the published weights.
+attribute names of the published weights. Stable Diffusion XL's (arXiv:2307.01952) is one, too: deeper transformers, and
+a second signal beside the time.
 
-Shape letters: B batch, C channels, H height, W width of the latents, N = H * W tokens, S prompt tokens, E prompt width.
+Shape letters: B batch, C channels, H height, W width of the latents, N = H * W tokens, S prompt tokens, E prompt width,
+P width of the pooled prompt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minisd.layers import Attention, Downsample2D, ResnetBlock2D, TimestepEmbedding, Upsample2D, timestep_embedding
-from minisd.model_config import check_groups, known_fields, refuse_others
-
-
-@dataclass(frozen=True, kw_only=True)
-class UNetConfig:
-    """The fields of unet/config.json that vary between Stable Diffusion models.
-
-    `attention_head_dim` is the NUMBER of heads, one for all levels or one each: the Hub's name, kept by 40,000 files.
-    """
-
-    cross_attention_dim: int
-    in_channels: int = 4
-    out_channels: int = 4
-    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
-    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
-    layers_per_block: int = 2
-    attention_head_dim: int | tuple[int, ...] = 8
-    use_linear_projection: bool = False
-    norm_num_groups: int = 32
-    norm_eps: float = 1e-5
-    sample_size: int | None = None
-
-    @classmethod
-    def from_json(cls, raw: Mapping[str, Any]) -> UNetConfig:
-        """Read the Hub's unet/config.json. Raises ValueError naming a field that is not supported.
-
-        SDXL's additions belong here and in __init__: `transformer_layers_per_block` (depth of each level's
-        transformers) and `addition_embed_type: "text_time"` (a second embedding added to the time signal).
-        """
-        config = cls(**known_fields(raw, cls))
-        depth, levels = raw.get("transformer_layers_per_block", 1), len(config.block_out_channels)
-        fixed = {
-            "act_fn": "silu",
-            "addition_embed_type_num_heads": 64,
-            "attention_type": "default",
-            "center_input_sample": False,
-            "conv_in_kernel": 3,
-            "conv_out_kernel": 3,
-            "downsample_padding": 1,
-            "dropout": 0.0,
-            "flip_sin_to_cos": True,
-            "freq_shift": 0,
-            "mid_block_scale_factor": 1,
-            "mid_block_type": "UNetMidBlock2DCrossAttn",
-            "resnet_out_scale_factor": 1.0,
-            "resnet_time_scale_shift": "default",
-            "time_embedding_type": "positional",
-            "transformer_layers_per_block": (1,) * levels if isinstance(depth, list) else 1,
-        }
-        # diffusers reads upcast_attention only where it computes the softmax by hand, which it no longer does.
-        refuse_others(raw, cls, fixed, inert={"upcast_attention"})
-        config.check()
-        return config
-
-    def check(self) -> None:
-        """Raise ValueError where the fields contradict each other or name an unknown block."""
-        levels = len(self.block_out_channels)
-        blocks = {"down_block_types": self.down_block_types, "up_block_types": self.up_block_types}
-        for name, values in {**blocks, "attention_head_dim": self.heads}.items():
-            if len(values) != levels:
-                raise ValueError(f"{name} has {len(values)} entries, block_out_channels has {levels}")
-        for name, kind in (("down_block_types", "DownBlock2D"), ("up_block_types", "UpBlock2D")):
-            for block in blocks[name]:
-                if block not in (kind, f"CrossAttn{kind}"):
-                    raise ValueError(f"{name}: {block!r} is not supported (only {kind} and CrossAttn{kind} are)")
-        check_groups(self.block_out_channels, self.norm_num_groups)
-        for level, (width, heads) in enumerate(zip(self.block_out_channels, self.heads, strict=True)):
-            # The middle attends with the last level's heads; a level without attention may name any number.
-            attends = level == levels - 1 or "CrossAttn" in self.down_block_types[level] + self.up_block_types[~level]
-            if attends and width % heads:
-                raise ValueError(f"attention_head_dim: {heads} heads do not divide {width} channels")
-
-    @property
-    def heads(self) -> tuple[int, ...]:
-        """Attention heads at each level."""
-        if isinstance(self.attention_head_dim, tuple):
-            return self.attention_head_dim
-        return (self.attention_head_dim,) * len(self.block_out_channels)
+from minisd.unet_config import UNetConfig
 
 
 class GEGLU(nn.Module):
@@ -140,15 +62,17 @@ class BasicTransformerBlock(nn.Module):
 
 
 class Transformer2DModel(nn.Module):
-    """A transformer over the N = H * W positions of a feature map, plus the input."""
+    """A transformer of `depth` blocks over the N = H * W positions of a feature map, plus the input."""
 
-    def __init__(self, config: UNetConfig, channels: int, heads: int) -> None:
+    def __init__(self, config: UNetConfig, channels: int, heads: int, depth: int) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(config.norm_num_groups, channels, eps=1e-6)  # not norm_eps: as published
-        # SD1.x projects with 1 x 1 convolutions, SD2.x with linear layers: the same numbers in another shape.
+        # SD1.x projects with 1 x 1 convolutions, later ones with linear layers: the same numbers in another shape.
         self.linear = config.use_linear_projection
         self.proj_in: nn.Module = nn.Linear(channels, channels) if self.linear else nn.Conv2d(channels, channels, 1)
-        self.transformer_blocks = nn.ModuleList([BasicTransformerBlock(channels, config.cross_attention_dim, heads)])
+        self.transformer_blocks = nn.ModuleList(
+            BasicTransformerBlock(channels, config.cross_attention_dim, heads) for _ in range(depth)
+        )
         self.proj_out: nn.Module = nn.Linear(channels, channels) if self.linear else nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
@@ -169,26 +93,34 @@ class Transformer2DModel(nn.Module):
 
 
 def _resnets_and_attentions(
-    config: UNetConfig, in_channels: Sequence[int], out_channels: int, heads: int | None
+    config: UNetConfig, in_channels: Sequence[int], out_channels: int, transformer: tuple[int, int] | None
 ) -> tuple[nn.ModuleList, nn.ModuleList]:
-    """The layers of a level: residual blocks, and a transformer behind each unless heads is None."""
+    """The layers of a level: residual blocks, and a transformer of (heads, depth) behind each unless it is None."""
     temb_channels = 4 * config.block_out_channels[0]
     resnets = nn.ModuleList(
         ResnetBlock2D(width, out_channels, temb_channels, config.norm_num_groups, config.norm_eps)
         for width in in_channels
     )
-    depth = 0 if heads is None else len(in_channels)
-    return resnets, nn.ModuleList(Transformer2DModel(config, out_channels, heads or 1) for _ in range(depth))
+    attentions = nn.ModuleList()
+    if transformer is not None:
+        attentions.extend(Transformer2DModel(config, out_channels, *transformer) for _ in in_channels)
+    return resnets, attentions
 
 
 class UNetDownBlock(nn.Module):
     """One level on the way down: layers, then half the resolution (not at the last level)."""
 
     def __init__(
-        self, config: UNetConfig, in_channels: Sequence[int], out_channels: int, heads: int | None, *, downsample: bool
+        self,
+        config: UNetConfig,
+        in_channels: Sequence[int],
+        out_channels: int,
+        transformer: tuple[int, int] | None,
+        *,
+        downsample: bool,
     ) -> None:
         super().__init__()
-        self.resnets, self.attentions = _resnets_and_attentions(config, in_channels, out_channels, heads)
+        self.resnets, self.attentions = _resnets_and_attentions(config, in_channels, out_channels, transformer)
         self.downsamplers = nn.ModuleList([Downsample2D(out_channels, symmetric=True)] if downsample else [])
 
     def forward(self, x: Tensor, temb: Tensor, context: Tensor) -> list[Tensor]:
@@ -208,10 +140,16 @@ class UNetUpBlock(nn.Module):
     """One level on the way up: layers that each take a skip in, then the next resolution (not at the last level)."""
 
     def __init__(
-        self, config: UNetConfig, in_channels: Sequence[int], out_channels: int, heads: int | None, *, upsample: bool
+        self,
+        config: UNetConfig,
+        in_channels: Sequence[int],
+        out_channels: int,
+        transformer: tuple[int, int] | None,
+        *,
+        upsample: bool,
     ) -> None:
         super().__init__()
-        self.resnets, self.attentions = _resnets_and_attentions(config, in_channels, out_channels, heads)
+        self.resnets, self.attentions = _resnets_and_attentions(config, in_channels, out_channels, transformer)
         self.upsamplers = nn.ModuleList([Upsample2D(out_channels)] if upsample else [])
 
     def forward(self, x: Tensor, skips: list[Tensor], temb: Tensor, context: Tensor) -> Tensor:
@@ -235,7 +173,7 @@ class UNetMidBlock2DCrossAttn(nn.Module):
         self.resnets = nn.ModuleList(
             ResnetBlock2D(channels, channels, temb_channels, config.norm_num_groups, config.norm_eps) for _ in range(2)
         )
-        self.attentions = nn.ModuleList([Transformer2DModel(config, channels, config.heads[-1])])
+        self.attentions = nn.ModuleList([Transformer2DModel(config, channels, config.heads[-1], config.depths[-1])])
 
     def forward(self, x: Tensor, temb: Tensor, context: Tensor) -> Tensor:
         x = self.attentions[0](self.resnets[0](x, temb), context)
@@ -251,14 +189,17 @@ class UNet2DConditionModel(nn.Module):
         channels, levels = config.block_out_channels, len(config.block_out_channels)
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(channels[0], 4 * channels[0])
+        if config.is_xl:
+            self.add_embedding = TimestepEmbedding(config.pooled_width + 6 * config.size_width, 4 * channels[0])
 
+        transformers = list(zip(config.heads, config.depths, strict=True))
         self.down_blocks = nn.ModuleList()
         skip_channels = [channels[0]]
         for level, width in enumerate(channels):
-            heads = config.heads[level] if config.down_block_types[level] == "CrossAttnDownBlock2D" else None
+            transformer = transformers[level] if config.down_block_types[level] == "CrossAttnDownBlock2D" else None
             before = [skip_channels[-1]] + [width] * (config.layers_per_block - 1)
             is_last = level == levels - 1
-            self.down_blocks.append(UNetDownBlock(config, before, width, heads, downsample=not is_last))
+            self.down_blocks.append(UNetDownBlock(config, before, width, transformer, downsample=not is_last))
             skip_channels += [width] * (config.layers_per_block + (not is_last))
 
         self.mid_block = UNetMidBlock2DCrossAttn(config)
@@ -266,29 +207,43 @@ class UNet2DConditionModel(nn.Module):
         self.up_blocks = nn.ModuleList()
         hidden_channels = channels[-1]
         for level, width in enumerate(reversed(channels)):
-            heads = config.heads[::-1][level] if config.up_block_types[level] == "CrossAttnUpBlock2D" else None
+            transformer = transformers[~level] if config.up_block_types[level] == "CrossAttnUpBlock2D" else None
             before = []
             for _ in range(config.layers_per_block + 1):
                 before.append(hidden_channels + skip_channels.pop())
                 hidden_channels = width
-            self.up_blocks.append(UNetUpBlock(config, before, width, heads, upsample=level < levels - 1))
+            self.up_blocks.append(UNetUpBlock(config, before, width, transformer, upsample=level < levels - 1))
 
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[0], eps=config.norm_eps)
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
 
-    def forward(self, sample: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+    def forward(
+        self,
+        sample: Tensor,
+        timesteps: Tensor,
+        encoder_hidden_states: Tensor,
+        text_embeds: Tensor | None = None,
+        time_ids: Tensor | None = None,
+    ) -> Tensor:
         """Run the denoiser.
 
         Args:
             sample: noisy latents [B, 4, H, W], any H and W.
             timesteps: [B], int or float, in [0, 1000).
             encoder_hidden_states: prompt embeddings [B, S, E].
+            text_embeds: XL only: pooled prompt embeddings [B, P].
+            time_ids: XL only: sizes in pixels [B, 6]: (height, width) of the original picture, (top, left) of the part
+                cut out of it once it was resized, (height, width) of that part.
 
         Returns:
             [B, 4, H, W]: noise, velocity or x_0, as the model's scheduler config says.
         """
         temb = timestep_embedding(timesteps, self.config.block_out_channels[0]).to(sample.dtype)
         temb = self.time_embedding(temb)
+        if self.config.is_xl:
+            assert text_embeds is not None, "an XL model needs text_embeds"
+            assert time_ids is not None, "an XL model needs time_ids"
+            temb = temb + self._size_and_text_embedding(text_embeds, time_ids).to(temb.dtype)
 
         skips = [self.conv_in(sample)]
         for block in self.down_blocks:
@@ -297,3 +252,9 @@ class UNet2DConditionModel(nn.Module):
         for block in self.up_blocks:
             x = block(x, skips, temb, encoder_hidden_states)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+    def _size_and_text_embedding(self, text_embeds: Tensor, time_ids: Tensor) -> Tensor:
+        """What XL adds to the time signal (arXiv:2307.01952, 2.2): [B, P], [B, 6] -> [B, 4 * C]."""
+        sizes = timestep_embedding(time_ids.flatten(), self.config.size_width)  # [B * 6, width]
+        sizes = sizes.unflatten(0, time_ids.shape).flatten(1)  # [B, 6 * width]
+        return self.add_embedding(torch.cat([text_embeds, sizes.to(text_embeds.dtype)], dim=-1))

@@ -7,7 +7,7 @@ published models.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minisd.layers import Downsample2D, ResnetBlock2D, Upsample2D, multi_head_attention
-from minisd.model_config import check_groups, known_fields, refuse_others
+from minisd.model_config import check_counts, check_groups, known_fields, refuse_others
 
 # Not in any config: the published VAEs were trained with it, where the UNet has 1e-5.
 NORM_EPS = 1e-6
@@ -50,6 +50,7 @@ class AutoencoderKLConfig:
         # The size a model was trained at constrains nothing; force_upcast is the XL pipeline's affair.
         refuse_others(raw, cls, fixed, inert={"sample_size", "force_upcast"})
         check_groups(config.block_out_channels, config.norm_num_groups)
+        check_counts({"layers_per_block": config.layers_per_block})
         return config
 
 
@@ -206,7 +207,13 @@ def scale_latents(vae: AutoencoderKL, posterior: DiagonalGaussian, noise: Tensor
 
 
 @torch.no_grad()
-def latents_to_images(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Decode the UNet's latents [B, 4, H / f, W / f] to pictures [B, 3, H, W] float32 in [0, 1]."""
-    images = vae.decode(latents.to(vae.post_quant_conv.weight.dtype) / vae.config.scaling_factor)
+def latents_to_images(vae: AutoencoderKL, latents: Tensor, decode: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """Decode the UNet's latents [B, 4, H / f, W / f] to pictures [B, 3, H, W] float32 in [0, 1].
+
+    Args:
+        vae: of any dtype.
+        latents: of any dtype.
+        decode: another way to do what `vae.decode` does.
+    """
+    images = (decode or vae.decode)(latents.to(vae.post_quant_conv.weight.dtype) / vae.config.scaling_factor)
     return (images.float() / 2 + 0.5).clamp(0, 1)

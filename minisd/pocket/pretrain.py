@@ -27,7 +27,8 @@ from minisd.atomic import write_atomically
 from minisd.ddpm import NoiseSchedule, NoiseScheduleConfig
 from minisd.pocket import architecture, scenes, vocabulary
 from minisd.training import Precision, lr_at
-from minisd.unet import UNet2DConditionModel, UNetConfig
+from minisd.unet import UNet2DConditionModel
+from minisd.unet_config import UNetConfig
 from minisd.vae import AutoencoderKL, AutoencoderKLConfig, DiagonalGaussian
 
 

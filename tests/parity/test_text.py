@@ -12,8 +12,8 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
+from minisd.clip import clip_keys, clip_on_meta
 from minisd.errors import WeightsError
-from minisd.text import clip_key, clip_on_meta
 from minisd.weights import load_text_encoder, weights_id
 from tests.tiny import TinyModel, vocabulary, write_json, write_tiny_model
 
@@ -45,7 +45,7 @@ def test_equal_to_diffusers(model: TinyModel, dtype: torch.dtype, tolerance: flo
     pipeline = StableDiffusionPipeline.from_pretrained(model.folder, safety_checker=None, dtype=dtype)
     expected, _ = pipeline.encode_prompt(PROMPTS, "cpu", 1, False)
     text_encoder = load_text_encoder(model.folder, dtype=dtype)
-    embeddings = text_encoder(PROMPTS)
+    embeddings = text_encoder(PROMPTS, chunks=1).hidden_states
     assert embeddings.shape == (len(PROMPTS), 77, 32)
     assert embeddings.dtype == text_encoder.dtype == dtype
     assert not embeddings.requires_grad
@@ -53,7 +53,7 @@ def test_equal_to_diffusers(model: TinyModel, dtype: torch.dtype, tolerance: flo
 
 
 def test_padding_token_comes_from_special_tokens_map(model: TinyModel) -> None:
-    tokens = load_text_encoder(model.folder).tokenizer("the!", padding="max_length").input_ids
+    tokens = load_text_encoder(model.folder).clips[0].tokenizer("the!", padding="max_length").input_ids
     mark = len(vocabulary()) - 1
     gelu = json.loads((model.folder / "text_encoder" / "config.json").read_text())["hidden_act"] == "gelu"
     # In SD 2.x "!" is a special token: it is id 0 wherever the user types it, not the word "!" (256).
@@ -61,7 +61,7 @@ def test_padding_token_comes_from_special_tokens_map(model: TinyModel) -> None:
 
 
 def test_both_key_layouts(folder: Path) -> None:
-    expected = load_text_encoder(folder)(PROMPTS)
+    expected = load_text_encoder(folder)(PROMPTS).hidden_states
     path = folder / "text_encoder" / "model.safetensors"
     state = {key.removeprefix("text_model."): value for key, value in load_file(path).items()}
     old = {f"text_model.{key}": value for key, value in state.items()}
@@ -70,14 +70,19 @@ def test_both_key_layouts(folder: Path) -> None:
     old["vision_model.embeddings.class_embedding"] = torch.zeros(8)
     for layout in (state, old):
         save_file(layout, path)
-        assert torch.equal(load_text_encoder(folder)(PROMPTS), expected)
+        assert torch.equal(load_text_encoder(folder)(PROMPTS).hidden_states, expected)
 
 
 def test_keys() -> None:
-    for key in ("final_layer_norm.bias", "text_model.final_layer_norm.bias"):
-        assert clip_key(key) == "final_layer_norm.bias"
-    assert clip_key("text_projection.weight") == "text_projection.weight"
-    assert clip_key("vision_model.post_layernorm.bias") is clip_key("visual_projection.weight") is None
+    config = {"model_type": "clip_text_model", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64}
+    config |= {"num_hidden_layers": 1, "num_attention_heads": 4, "max_position_embeddings": 77, "projection_dim": 24}
+    for projection in (False, True):
+        network = clip_on_meta(config, projection=projection)
+        rename = clip_keys(network)
+        assert {rename(key) for key in network.state_dict()} == network.state_dict().keys()
+        for key in network.state_dict():
+            assert rename(key.removeprefix("text_model.")) == key
+        assert rename("vision_model.post_layernorm.bias") is rename("visual_projection.weight") is None
 
 
 @pytest.mark.parametrize(
@@ -91,11 +96,11 @@ def test_full_size(layers: int, width: int, tensors: int, parameters: int) -> No
     assert sum(parameter.numel() for parameter in network.parameters()) == parameters
 
 
-def test_truncation_is_counted(model: TinyModel) -> None:
+def test_tokens_and_chunks_are_counted(model: TinyModel) -> None:
     text_encoder = load_text_encoder(model.folder)
     assert text_encoder.max_tokens == 77
     assert [text_encoder.token_count(text) for text in ("", "the cat", "the " * 75, "the " * 76)] == [0, 2, 75, 76]
-    assert [text_encoder.is_truncated(text) for text in ("the " * 75, "the " * 76)] == [False, True]
+    assert [text_encoder.chunks([text]) for text in ("", "the " * 75, "the " * 76, "the " * 151)] == [1, 1, 2, 3]
 
 
 def test_fewer_positions(folder: Path) -> None:
@@ -106,33 +111,33 @@ def test_fewer_positions(folder: Path) -> None:
     key = next(key for key in state if "position_embedding" in key)
     save_file({**state, key: state[key][:40].contiguous()}, weights)
     text_encoder = load_text_encoder(folder)
-    assert text_encoder(["the cat"]).shape == (1, 40, 32)
-    assert text_encoder.is_truncated("the " * 39)
+    assert text_encoder(["the cat"]).hidden_states.shape == (1, 40, 32)
+    assert text_encoder.chunks(["the " * 38, "the " * 39]) == 2
 
 
 def test_move(model: TinyModel) -> None:
     text_encoder = load_text_encoder(model.folder)
-    expected = load_text_encoder(model.folder, dtype=torch.float64)(PROMPTS)
+    expected = load_text_encoder(model.folder, dtype=torch.float64)(PROMPTS).hidden_states
     assert text_encoder.to(dtype=torch.float64) is text_encoder
-    assert torch.equal(text_encoder(PROMPTS), expected)
-    assert text_encoder.to(device="cpu", dtype=torch.bfloat16)(["the"]).dtype == torch.bfloat16
+    assert torch.equal(text_encoder(PROMPTS).hidden_states, expected)
+    assert text_encoder.to(device="cpu", dtype=torch.bfloat16)(["the"]).hidden_states.dtype == torch.bfloat16
     assert text_encoder.device == torch.device("cpu")
 
 
 def test_no_graph_even_if_the_network_is_not_frozen(model: TinyModel) -> None:
     text_encoder = load_text_encoder(model.folder)
-    text_encoder.network.requires_grad_(True)
-    assert not text_encoder(["the cat"]).requires_grad
+    text_encoder.clips[0].network.requires_grad_(True)
+    assert not text_encoder(["the cat"]).hidden_states.requires_grad
 
 
 def test_tokenizer_json_alone(folder: Path) -> None:
     """What transformers 5 writes: one tokenizer.json instead of vocab.json and merges.txt."""
-    expected = load_text_encoder(folder)(PROMPTS)
+    expected = load_text_encoder(folder)(PROMPTS).hidden_states
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     shutil.rmtree(folder / "tokenizer")
     tokenizer.save_pretrained(folder / "tokenizer")
     assert not (folder / "tokenizer" / "vocab.json").exists()
-    assert torch.equal(load_text_encoder(folder)(PROMPTS), expected)
+    assert torch.equal(load_text_encoder(folder)(PROMPTS).hidden_states, expected)
 
 
 def test_silent(model: TinyModel, capfd: pytest.CaptureFixture[str]) -> None:
@@ -204,5 +209,5 @@ def test_tokenizer_refused(folder: Path, name: str, content: str | None, message
 def test_tokenizer_of_another_model_refused(folder: Path) -> None:
     path = folder / "tokenizer" / "vocab.json"
     write_json(path, json.loads(path.read_text()) | {"one": 525, "more": 526})
-    with pytest.raises(WeightsError, match="the tokenizer has 527 tokens, the text encoder 525"):
+    with pytest.raises(WeightsError, match="the tokenizer has 527 tokens, the text_encoder 525"):
         load_text_encoder(folder)

@@ -14,12 +14,13 @@ import torch
 from diffusers import UNet2DConditionModel as ReferenceUNet
 from torch import Tensor
 
-from minisd.unet import UNet2DConditionModel, UNetConfig
+from minisd.unet import UNet2DConditionModel
+from minisd.unet_config import UNetConfig
 from tests.tiny import randomise
 
 CROSS = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D")
 PLAIN = ("DownBlock2D", "UpBlock2D")
-NAMES = ["sd1", "sd2", "plain-first"]
+NAMES = ["sd1", "sd2", "plain-first", "xl"]
 
 
 def _reference(name: str) -> ReferenceUNet:
@@ -46,6 +47,22 @@ def _reference(name: str) -> ReferenceUNet:
                 "norm_num_groups": 4,
                 "norm_eps": 1e-3,
                 "use_linear_projection": True,
+            },
+        ),
+        # As XL: transformers of several blocks, deeper by level, and the sizes and the pooled prompt beside the time.
+        "xl": (
+            [PLAIN, CROSS, CROSS],
+            {
+                "block_out_channels": (16, 32, 64),
+                "layers_per_block": 2,
+                "transformer_layers_per_block": (1, 2, 3),
+                "attention_head_dim": (1, 2, 8),
+                "cross_attention_dim": 40,
+                "norm_num_groups": 8,
+                "use_linear_projection": True,
+                "addition_embed_type": "text_time",
+                "addition_time_embed_dim": 8,
+                "projection_class_embeddings_input_dim": 24 + 6 * 8,
             },
         ),
         # Attention everywhere but at the top, channels in and out that differ, one residual block per level.
@@ -92,6 +109,19 @@ def double() -> Callable[[str], Pair]:
     return pair
 
 
+def _run_both(pair: Pair, sample: Tensor, timesteps: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs of ours and of diffusers'."""
+    ours, reference = pair
+    if not ours.config.is_xl:
+        return ours(sample, timesteps, context), reference(sample, timesteps, context).sample
+    generator = torch.Generator().manual_seed(3)
+    text_embeds = torch.randn(len(sample), ours.config.pooled_width, generator=generator).to(sample.dtype)
+    time_ids = torch.tensor([[1024.0, 768, 0, 17, 512, 640], [333, 4000, 25, 0, 1024, 1024]])
+    added = {"text_embeds": text_embeds, "time_ids": time_ids}
+    expected = reference(sample, timesteps, context, added_cond_kwargs=added).sample
+    return ours(sample, timesteps, context, text_embeds, time_ids), expected
+
+
 def _inputs(config: UNetConfig, size: tuple[int, int], tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     sample = torch.randn(2, config.in_channels, *size, generator=generator, dtype=torch.float64)
@@ -113,11 +143,10 @@ def _inputs(config: UNetConfig, size: tuple[int, int], tokens: int, dtype: torch
 def test_forward_in_float64(
     double: Callable[[str], Pair], name: str, size: tuple[int, int], tokens: int, timesteps: list[float]
 ) -> None:
-    ours, reference = double(name)
-    sample, context = _inputs(ours.config, size, tokens, torch.float64)
-    expected = reference(sample, torch.tensor(timesteps), context).sample
+    pair = double(name)
+    sample, context = _inputs(pair[0].config, size, tokens, torch.float64)
+    actual, expected = _run_both(pair, sample, torch.tensor(timesteps), context)
     assert expected.std() > 0.1  # a network that lets nothing through would agree with anything
-    actual = ours(sample, torch.tensor(timesteps), context)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
 
 
@@ -125,11 +154,10 @@ def test_forward_in_float64(
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_forward_in_float32(name: str, size: tuple[int, int]) -> None:
-    ours, reference = _pair(name, torch.float32)
-    sample, context = _inputs(ours.config, size, 77, torch.float32)
-    timesteps = torch.tensor([999.0, 0.37])
-    expected = reference(sample, timesteps, context).sample
-    torch.testing.assert_close(ours(sample, timesteps, context), expected, rtol=0, atol=1e-5)
+    pair = _pair(name, torch.float32)
+    sample, context = _inputs(pair[0].config, size, 77, torch.float32)
+    actual, expected = _run_both(pair, sample, torch.tensor([999.0, 0.37]), context)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -146,8 +174,8 @@ def test_gradients(double: Callable[[str], Pair], name: str) -> None:
         loss = (run(inputs["sample"], inputs["context"]) * weights).sum()
         return dict(zip(wanted, torch.autograd.grad(loss, list(wanted.values())), strict=True))
 
-    expected = gradients(reference, lambda x, context: reference(x, timesteps, context).sample)
-    actual = gradients(ours, lambda x, context: ours(x, timesteps, context))
+    expected = gradients(reference, lambda x, context: _run_both(double(name), x, timesteps, context)[1])
+    actual = gradients(ours, lambda x, context: _run_both(double(name), x, timesteps, context)[0])
     assert actual.keys() == expected.keys()
     for key, gradient in expected.items():
         assert gradient.abs().max() > 0, key

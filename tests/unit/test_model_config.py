@@ -6,6 +6,7 @@ The oracle is diffusers: its full dump says which fields exist, and what it buil
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from diffusers import AutoencoderKL as ReferenceVAE
 from diffusers import UNet2DConditionModel as ReferenceUNet
 from torch import nn
 
-from minisd.unet import UNet2DConditionModel, UNetConfig
+from minisd.unet import UNet2DConditionModel
+from minisd.unet_config import UNetConfig
 from minisd.vae import AutoencoderKL, AutoencoderKLConfig
 from tests import hub_configs
 from tests.hub_configs import Config
@@ -216,6 +218,7 @@ def test_null_that_diffusers_reads_as_false_is_refused(part: str, name: str) -> 
         hub_configs.UNET_SD15_RESAVED,
         hub_configs.UNET_SD21_BASE,
         hub_configs.UNET_SD21,
+        hub_configs.UNET_SDXL,
     ],
 )
 def test_every_field_that_is_null_on_the_hub_may_be_absent(raw: Config) -> None:
@@ -232,25 +235,44 @@ def test_published_numbers() -> None:
     assert (sd15.heads, sd15.sample_size, sd15.use_linear_projection) == ((8, 8, 8, 8), 64, False)
     assert (sd21.heads, sd21.sample_size, sd21.use_linear_projection) == ((5, 10, 20, 20), 96, True)
     assert (sd15.cross_attention_dim, sd21.cross_attention_dim) == (768, 1024)
+    sdxl = UNetConfig.from_json(hub_configs.UNET_SDXL)
+    assert (sdxl.depths, sdxl.heads, sdxl.size_width, sdxl.pooled_width) == ((1, 2, 10), (5, 10, 20), 256, 1280)
+    assert (sd15.is_xl, sd21.is_xl, sdxl.is_xl) == (False, False, True)
     assert AutoencoderKLConfig.from_json(hub_configs.VAE_SD15).scaling_factor == 0.18215
     assert AutoencoderKLConfig.from_json(hub_configs.VAE_SDXL).scaling_factor == 0.13025
 
 
-def test_sdxl_is_refused_by_its_first_unsupported_field() -> None:
-    with pytest.raises(ValueError, match=r"^addition_embed_type='text_time' is not supported"):
-        UNetConfig.from_json(hub_configs.UNET_SDXL)
-    without = hub_configs.UNET_SDXL | {"addition_embed_type": None, "addition_time_embed_dim": None}
-    with pytest.raises(ValueError, match=r"^projection_class_embeddings_input_dim=2816 is not supported"):
-        UNetConfig.from_json(without)
-    without["projection_class_embeddings_input_dim"] = None
-    with pytest.raises(ValueError, match=r"^transformer_layers_per_block=\[1, 2, 10\] is not supported"):
-        UNetConfig.from_json(without)
+def test_the_addition_embedding_comes_whole_or_not_at_all() -> None:
+    sdxl = hub_configs.UNET_SDXL
+    for name, value, message in (
+        ("addition_embed_type", None, "addition_time_embed_dim=256 is not supported without"),
+        ("addition_time_embed_dim", None, "addition_embed_type='text_time' is not supported without addition_time"),
+        (
+            "projection_class_embeddings_input_dim",
+            None,
+            "addition_embed_type='text_time' is not supported without proj",
+        ),
+        ("projection_class_embeddings_input_dim", 6 * 256, "projection_class_embeddings_input_dim=1536 is not more"),
+        ("addition_embed_type", "image", "addition_embed_type='image' is not supported"),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+            UNetConfig.from_json(sdxl | {name: value})
+
+
+def test_a_network_that_could_never_be_built_is_refused() -> None:
+    for part in ("unet", "vae"):
+        with pytest.raises(ValueError, match=r"^layers_per_block=100000 is not supported"):
+            READERS[part](DUMPS[part] | {"layers_per_block": 100_000})
+        with pytest.raises(ValueError, match=r"^norm_num_groups=10000000000 is not supported"):
+            READERS[part](DUMPS[part] | {"norm_num_groups": 10**10})
+    with pytest.raises(ValueError, match=r"^transformer_layers_per_block=1000 is not supported"):
+        UNetConfig.from_json(DUMPS["unet"] | {"transformer_layers_per_block": [1, 1000]})
 
 
 def test_a_depth_of_one_at_every_level_is_supported() -> None:
     raw = DUMPS["unet"] | {"transformer_layers_per_block": [1, 1]}
-    assert UNetConfig.from_json(raw) == UNetConfig.from_json(DUMPS["unet"])
-    assert _theirs("unet", raw) == _theirs("unet", DUMPS["unet"])
+    assert UNetConfig.from_json(raw).depths == UNetConfig.from_json(DUMPS["unet"]).depths
+    assert _ours("unet", raw) == _theirs("unet", raw) == _theirs("unet", DUMPS["unet"])
 
 
 def test_cross_attention_dim_is_required() -> None:
@@ -281,6 +303,7 @@ WRONG_KINDS: dict[str, tuple[Any, ...]] = {
 }
 KINDS = {
     "unet": {
+        "addition_time_embed_dim": "int",
         "attention_head_dim": "heads",
         "block_out_channels": "list",
         "cross_attention_dim": "int",
@@ -290,7 +313,9 @@ KINDS = {
         "norm_eps": "float",
         "norm_num_groups": "int",
         "out_channels": "int",
+        "projection_class_embeddings_input_dim": "int",
         "sample_size": "int",
+        "transformer_layers_per_block": "heads",
         "up_block_types": "names",
         "use_linear_projection": "bool",
     },
