@@ -1,10 +1,12 @@
-"""From the name of a model to a folder that holds it: "pocket", a folder in diffusers layout, or a Hub repository.
+"""From the name of a model to what holds it: "pocket", a folder in diffusers layout, a single file, a Hub repository.
 
-The only file that knows the Hub. A folder, or a repository already in the cache, is found without a single request.
+The only file that knows the Hub. A folder, a file, or a repository in the cache is found without a single request.
 """
 
 from __future__ import annotations
 
+import logging
+import re
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,40 +16,64 @@ from huggingface_hub import HfApi, constants, errors, snapshot_download, try_to_
 from huggingface_hub.utils import validate_repo_id
 
 from minisd.errors import MinisdError, NetworkError, UsageError, WeightsError
-from minisd.model_files import CONVERT_HINT, PICKLE_SUFFIXES
-from minisd.model_folder import LAYOUT, STEMS, check_folder, explain, missing_files, weight_names
+from minisd.model_files import CONVERT_HINT, PICKLE_SUFFIXES, read_header, sha256_of
+from minisd.model_folder import (
+    LAYOUT,
+    STEMS,
+    check_folder,
+    explain,
+    missing_files,
+    networks_among,
+    networks_in,
+    weight_files,
+    weight_names,
+)
+
+log = logging.getLogger(__name__)
 
 _PROBE_SECONDS = 5.0
 
 
 def resolve_model(model: str, *, revision: str | None = None, variant: str | None = None) -> Path:
-    """Find the folder of a model, downloading it if it is nowhere on this machine.
+    """Find the folder or file of a model, downloading it if it is nowhere on this machine.
 
     Args:
-        model: "pocket", a folder in diffusers layout, or a Hub repository id "owner/name".
+        model: "pocket", a folder in diffusers layout, a .safetensors file, or a Hub repository id "owner/name".
         revision: branch, tag or commit of a repository; None is its main branch.
         variant: load the files of this variant ("fp16": model.fp16.safetensors); None is the plain ones.
 
     Returns:
-        A folder in which every file that a model needs exists.
+        A folder in which every file that a model needs exists, or a single file, not yet looked into.
 
     Raises:
         WeightsError: there is no such model, it is incomplete, or not in a layout that can be read.
         NetworkError: the Hub cannot be reached, or refuses.
-        UsageError: a revision of something that is not a repository.
+        UsageError: a revision of something that is not a repository, a variant of a single file.
     """
     pocket = Path(__file__).parent / "pocket" / "weights"
     path = pocket if model == "pocket" else _local_path(model)
     if path is None:
         if not _is_repo_id(model):
-            raise WeightsError(f"model {model!r}: not a folder, a repo id, or 'pocket'.")
+            raise WeightsError(f"model {model!r}: not a folder, a file, a repo id, or 'pocket'.")
         return _from_hub(model, revision, variant)
     if revision is not None:
         raise UsageError(f"--revision {revision}: only a Hub repository has revisions, not {model!r}.")
     if path.is_file():
-        raise WeightsError(f"{model}: {_not_a_folder(path)}")
+        if path.suffix in PICKLE_SUFFIXES:
+            raise WeightsError(f"{model}: pickled weights. {CONVERT_HINT}.")
+        if path.suffix != ".safetensors":
+            raise WeightsError(f"{model}: a file, not a model. {LAYOUT}; a single file ends in .safetensors.")
+        if variant is not None:
+            raise UsageError(f"--variant {variant}: a single file has no variants. Leave it out.")
+        return path
     check_folder(path, variant)
     return path
+
+
+def commit_of(source: Path) -> str | None:
+    """The commit of the repository that a folder in the Hub's cache is a snapshot of; None for any other place."""
+    is_commit = source.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", source.name)
+    return source.name if is_commit else None
 
 
 def _local_path(model: str) -> Path | None:
@@ -73,18 +99,6 @@ def _is_repo_id(model: str) -> bool:
     return True
 
 
-def _not_a_folder(path: Path) -> str:
-    """Say what to do with a single file given as a model."""
-    if path.suffix == ".safetensors":
-        return (
-            "a single-file checkpoint cannot be read yet. Give a folder in diffusers layout, or a repo id that has "
-            "one; if this is a LoRA, pass it with --lora."
-        )
-    if path.suffix in PICKLE_SUFFIXES:
-        return f"pickled weights. {CONVERT_HINT}."
-    return f"a file, not a model. {LAYOUT}."
-
-
 def _from_hub(repo: str, revision: str | None, variant: str | None) -> Path:
     """Take a model from the cache if all of it is there, else download it."""
     cached = try_to_load_from_cache(repo, "unet/config.json", revision=revision)
@@ -95,24 +109,64 @@ def _from_hub(repo: str, revision: str | None, variant: str | None) -> Path:
         except WeightsError:
             pass  # another program cached other files of it: fetch the rest
         else:
-            return folder
+            if not _removed_damaged(folder, variant):
+                return folder
     fetch = ["hf", "download", repo, *(["--revision", revision] if revision else []), *_patterns(variant)]
     with _hub_failures(repo, revision, shlex.join(fetch)):
         # Asked once and with a deadline, because snapshot_download repeats itself before it reports a dead network.
         info = HfApi().model_info(repo, revision=revision, timeout=_PROBE_SECONDS)
     names = {sibling.rfilename for sibling in info.siblings or ()}
-    missing = missing_files(names, variant)
+    missing = missing_files(names, variant, networks_among(names))
     if missing:
         raise WeightsError(f"{repo} on the Hub: {explain(missing, names, variant)}")
     with _hub_failures(repo, revision, shlex.join(fetch)):
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=_patterns(variant)))
     check_folder(folder, variant)
+    for path in _weights(folder, variant):
+        if _is_the_hubs(path) is False:  # the library compares the size only
+            _remove_from_cache(path)
+            raise NetworkError(
+                f"{repo}: {path.relative_to(folder)} is not what the Hub has (its sha256 differs), so it was removed "
+                "from the cache. Run the command again."
+            )
     return folder
+
+
+def _removed_damaged(folder: Path, variant: str | None) -> bool:
+    """Remove weight files from the cache that were damaged there; returns whether there were any."""
+    found = False
+    for path in _weights(folder, variant):
+        try:
+            read_header(path)
+        except WeightsError as error:
+            if not _is_the_hubs(path):  # else it is no better there
+                log.warning("fetching a damaged file of the cache again: %s", error)
+                _remove_from_cache(path)
+                found = True
+    return found
+
+
+def _is_the_hubs(path: Path) -> bool | None:
+    """Whether a file of a snapshot has the content that the Hub said it has; None if the cache does not tell."""
+    name = path.readlink().name if path.is_symlink() else ""
+    return sha256_of(path) == name if re.fullmatch("[0-9a-f]{64}", name) else None  # so are large files named there
+
+
+def _weights(folder: Path, variant: str | None) -> list[Path]:
+    return [path for part in networks_in(folder) for path in weight_files(folder, part, variant)]
+
+
+def _remove_from_cache(path: Path) -> None:
+    """Remove a file of a snapshot: the link, and what it leads to."""
+    blob = path.resolve()
+    path.unlink()
+    blob.unlink(missing_ok=True)
 
 
 def _patterns(variant: str | None) -> list[str]:
     """The files of a repository that are worth downloading: no pickles, no EMA twin, no safety checker."""
-    patterns = ["model_index.json", "scheduler/*.json", "tokenizer/*.json", "tokenizer/*.txt"]
+    patterns = ["model_index.json", "scheduler/*.json"]
+    patterns += [f"{folder}/*.{kind}" for folder in ("tokenizer", "tokenizer_2") for kind in ("json", "txt")]
     for part in STEMS:
         single, index = weight_names(part, variant)
         shards = single.replace(".safetensors", "-*.safetensors")
@@ -153,7 +207,9 @@ def _reason(error: BaseException, repo: str, revision: str | None, fetch: str) -
         if "SSL" in str(cause) or "CERTIFICATE" in str(cause):
             return f"the secure connection failed, as behind a proxy with its own certificate (TLS); {beforehand}"
         if isinstance(cause, TimeoutError) or "Timeout" in name:
-            return f"no answer in {_PROBE_SECONDS:.0f} seconds (timeout); {beforehand}"
+            return f"no answer in time (timeout); {beforehand}"
+        if isinstance(cause, RecursionError):  # how the library tries again
+            return f"the download was cut again and again; {beforehand}"
         if isinstance(cause, ConnectionError) or type(cause).__module__.startswith("httpx"):
             return f"no connection ({str(chain[-1])[:100]}); {beforehand}"
     if isinstance(error, OSError):

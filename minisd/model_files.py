@@ -5,12 +5,14 @@ A file that is something else is named for what it is; nothing is ever unpickled
 
 from __future__ import annotations
 
+import hashlib
 import json
 import stat
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -53,7 +55,8 @@ def read_json(path: Path) -> dict[str, Any]:
     if _size_of(path) > _MAX_JSON_BYTES:
         raise WeightsError(f"{path}: a configuration of more than {_MAX_JSON_BYTES} bytes is not read.")
     try:
-        value = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+        with _opened(path) as file:
+            value = json.loads(file.read(), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise WeightsError(f"{path}: not valid JSON ({str(error)[:100]}). Download it again.") from error
     if not isinstance(value, dict):
@@ -71,7 +74,7 @@ def read_header(path: Path) -> Header:
         WeightsError: the file is missing, truncated, damaged, or something else than safetensors.
     """
     size = _size_of(path)
-    with path.open("rb") as file:
+    with _opened(path) as file:
         start = file.read(512)
         length = int.from_bytes(start[:8], "little")
         if start[8:9] != b"{":
@@ -84,7 +87,7 @@ def read_header(path: Path) -> Header:
         raw = file.read(length)
     try:
         header, end = _parse_header(raw)
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
         raise WeightsError(f"{path}: the header is damaged ({str(error)[:100]}). Download it again.") from error
     expected = 8 + length + end
     if size != expected:
@@ -104,8 +107,28 @@ def read_tensors(path: Path, names: Collection[str]) -> Iterator[tuple[str, Tens
         with safe_open(str(path), framework="pt", backend="pread") as file:
             for name in names:
                 yield name, file.get_tensor(name)
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise WeightsError(f"{path}: damaged ({str(error)[:200]}). Download it again.") from error
+
+
+def sha256_of(path: Path) -> str:
+    """Hash a file, in hex digits; one that was hashed before and is unchanged is not read again.
+
+    Raises:
+        WeightsError: it cannot be read.
+    """
+    try:
+        status = path.stat()
+        return _sha256(path.resolve(), status.st_size, status.st_mtime_ns)
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read: {error.strerror}.") from error
+
+
+@lru_cache(maxsize=64)
+def _sha256(path: Path, size: int, mtime_ns: int) -> str:
+    """Size and time of change are there for the cache to notice that it is another file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _size_of(path: Path) -> int:
@@ -119,6 +142,13 @@ def _size_of(path: Path) -> int:
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a special file"
         raise WeightsError(f"{path}: expected a file, got {kind}.")
     return status.st_size
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read: {error.strerror}.") from error
 
 
 def _what_it_is(start: bytes) -> str:
@@ -143,7 +173,7 @@ def _parse_header(raw: bytes) -> tuple[Header, int]:
     """Parse a safetensors header into its tensors and the end of their data, in bytes after the header.
 
     Raises:
-        ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError: it is not of the expected form.
+        ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError: it is of another form.
     """
     entries = json.loads(raw, object_pairs_hook=_without_duplicates)
     metadata = entries.pop("__metadata__", None) or {}

@@ -8,19 +8,54 @@ from pathlib import Path
 from minisd.errors import WeightsError
 from minisd.model_files import CONVERT_HINT, PICKLE_SUFFIXES, read_json
 
-# The networks of a model and the stem of their weight files.
-STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+# The networks of a model and the stem of their weight files; the last is of SDXL only.
+STEMS = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+    "text_encoder_2": "model",
+}
 LAYOUT = "A model folder (diffusers layout) holds unet/, vae/, text_encoder/, tokenizer/ and scheduler/"
+# Folders that tell another model by its layout.
+_OTHER_MODELS = {
+    "transformer": "a diffusion transformer, such as Stable Diffusion 3 or FLUX",
+    "movq": "Kandinsky",
+    "vqvae": "latent diffusion with a vector-quantised autoencoder",
+    "prior": "a model of two stages, such as Kandinsky or Stable Cascade",
+    "decoder": "a model of two stages, such as Stable Cascade or unCLIP",
+    "image_encoder": "a model that reads pictures, such as Stable Video Diffusion",
+}
+_SUPPORTED = "minisd reads Stable Diffusion 1.x, 2.x and SDXL base"
 
 
 def check_folder(folder: Path, variant: str | None) -> None:
     """Raise WeightsError if a file that a model needs is not in the folder."""
     names = _file_names(folder)
-    missing = missing_files(names, variant)
+    parts = networks_in(folder)
+    missing = missing_files(names, variant, parts)
     if missing:
         raise WeightsError(f"{folder}: {explain(missing, names, variant)}")
-    for part in STEMS:
+    for part in parts:
         weight_files(folder, part, variant)
+
+
+def networks_in(folder: Path) -> list[str]:
+    """The networks that a model folder is to have, in the order of STEMS."""
+    unet = folder / "unet" / "config.json"
+    # Where another program has cached a part of an XL model, its UNet alone may tell that the rest is missing.
+    xl = unet.is_file() and read_json(unet).get("addition_embed_type") == "text_time"
+    return list(STEMS) if xl else networks_among(_file_names(folder))
+
+
+def networks_among(names: Collection[str]) -> list[str]:
+    """The networks of a model with these files, given relative to its folder."""
+    xl = any(name.startswith("text_encoder_2/") for name in names)
+    return [part for part in STEMS if part != "text_encoder_2" or xl]
+
+
+def tokenizer_of(text_encoder: str) -> str:
+    """The folder of a text encoder's tokenizer."""
+    return text_encoder.replace("text_encoder", "tokenizer")
 
 
 def weight_files(folder: Path, part: str, variant: str | None = None) -> list[Path]:
@@ -56,11 +91,12 @@ def weight_names(part: str, variant: str | None) -> tuple[str, str]:
     return f"{STEMS[part]}{tag}.safetensors", f"{STEMS[part]}.safetensors.index{tag}.json"
 
 
-def missing_files(names: Collection[str], variant: str | None) -> list[str]:
-    """List what a model needs that is not among the names of files, given relative to its folder."""
-    needed = [[f"{part}/config.json"] for part in STEMS]
-    needed += [["scheduler/scheduler_config.json"], ["tokenizer/vocab.json", "tokenizer/tokenizer.json"]]
-    needed += [[f"{part}/{name}" for name in weight_names(part, variant)] for part in STEMS]
+def missing_files(names: Collection[str], variant: str | None, parts: Collection[str]) -> list[str]:
+    """List what a model of these networks needs that is not among the names of files, relative to its folder."""
+    needed = [[f"{part}/config.json"] for part in parts] + [["scheduler/scheduler_config.json"]]
+    tokenizers = [tokenizer_of(part) for part in parts if part.startswith("text_encoder")]
+    needed += [[f"{tokenizer}/vocab.json", f"{tokenizer}/tokenizer.json"] for tokenizer in tokenizers]
+    needed += [[f"{part}/{name}" for name in weight_names(part, variant)] for part in parts]
     return [either[0] for either in needed if not any(name in names for name in either)]
 
 
@@ -69,6 +105,11 @@ def explain(missing: list[str], names: Collection[str], variant: str | None) -> 
     first = missing[0]
     folder, _, name = first.partition("/")
     if name == "config.json":
+        for other, kind in _OTHER_MODELS.items():
+            if any(path.startswith(f"{other}/") for path in names):
+                return f"{kind} is not supported. {_SUPPORTED}."
+        if folder == "text_encoder" and "text_encoder_2/config.json" in names:
+            return f"the SDXL refiner is not supported. {_SUPPORTED}."
         return f"not a model that can be read: {', '.join(missing)} missing. {LAYOUT}."
     beside = sorted(other.partition("/")[2] for other in names if other.startswith(f"{folder}/"))
     pickles = [other for other in beside if other.endswith(PICKLE_SUFFIXES)]
@@ -85,5 +126,5 @@ def explain(missing: list[str], names: Collection[str], variant: str | None) -> 
 
 def _file_names(folder: Path) -> set[str]:
     """Names of the files in a model folder, relative to it; a link to nothing does not count."""
-    parts = (folder / part for part in (*STEMS, "scheduler", "tokenizer"))
+    parts = (folder / part for part in (*STEMS, "scheduler", "tokenizer", "tokenizer_2", *_OTHER_MODELS))
     return {f"{part.name}/{path.name}" for part in parts for path in part.glob("*") if path.is_file()}

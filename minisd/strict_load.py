@@ -7,14 +7,15 @@ probably is.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minisd.errors import WeightsError
+from minisd.ldm_keys import Place
 from minisd.model_files import TensorInfo, read_header, read_tensors
 
 Shape = tuple[int, ...]
@@ -26,49 +27,74 @@ _LINEAR_OR_CONV = re.compile(r"\.attentions\.\d+\.(proj_in|proj_out|to_q|to_k|to
 def fill(
     network: nn.Module,
     files: Sequence[Path],
-    rename: Callable[[str], str | None],
+    rename: Callable[[str], str | Place | None],
     dtype: torch.dtype,
     device: torch.device | str,
+    *,
+    complaint: str,
 ) -> None:
     """Give a network built on the meta device the weights in safetensors files, and freeze it in eval mode.
+
+    One stored tensor after the other is read and cast, so that the weights are never in memory twice.
 
     Args:
         network: filled in place; its state_dict says which keys and shapes the files must have.
         files: where the weights are; together they must hold each key once.
-        rename: a key of the files -> the network's, or None for a key to ignore.
+        rename: a key of the files -> the network's, or its place there, or None for a key to ignore.
         dtype: what the weights are cast to. Files mix dtypes in the wild.
         device: where the weights go.
+        complaint: how the error begins when keys or shapes do not fit.
 
     Raises:
         WeightsError: a key or shape does not fit, or a file is damaged.
     """
     expected = {key: tuple(value.shape) for key, value in network.state_dict().items()}
     shapes: dict[str, Shape] = {}
-    names: dict[Path, dict[str, str]] = {}  # file -> name in the file -> key of the network
+    places: dict[Path, dict[str, Place]] = {}  # file -> name in the file -> its place in the network
     for path in files:
-        names[path] = {}
+        places[path] = {}
         for name, info in read_header(path).tensors.items():
-            key = rename(name)
-            if key is None:
+            renamed = rename(name)
+            if renamed is None:
                 continue
-            if key in shapes:
-                raise WeightsError(f"{path}: {name[:100]!r} is there a second time. Download the model again.")
-            names[path][name], shapes[key] = key, _checked_shape(path, name, info)
+            place = Place((renamed,)) if isinstance(renamed, str) else renamed
+            places[path][name] = place
+            for key, shape in _shapes_at(place, _checked_shape(path, name, info)):
+                if key in shapes:
+                    raise WeightsError(f"{path}: {name[:100]!r} is there a second time. Download the model again.")
+                shapes[key] = shape
     misfit = _misfit(expected, shapes)
     if misfit:
-        raise WeightsError(f"{files[0].parent}: the weights do not fit config.json: {misfit}")
+        raise WeightsError(f"{complaint}: {misfit}")
 
-    state = {}
-    for path, keys in names.items():
-        for name, tensor in read_tensors(path, keys):
-            value = tensor.reshape(expected[keys[name]]).to(device, dtype)
+    state: dict[str, Tensor] = {}
+    for path, by_name in places.items():
+        for name, tensor in read_tensors(path, by_name):
+            place = by_name[name]
+            value = tensor.to(device, dtype)
             # The sum first: it reads each number once, and is finite unless one is not or the sum is too large.
             if not value.sum().isfinite() and not value.isfinite().all():
                 raise WeightsError(f"{path}: {name!r} has values that are NaN, infinite or too large for {dtype}.")
-            state[keys[name]] = value
+            if place.transposed:
+                value = value.T.contiguous()
+            # A part of a tensor would keep all of it in memory, and cannot be saved: each becomes one of its own.
+            parts = [part.clone() for part in value.chunk(len(place.keys))] if len(place.keys) > 1 else [value]
+            for key, part in zip(place.keys, parts, strict=True):
+                state[key] = part.reshape(expected[key])
     network.load_state_dict(state, strict=True, assign=True)
     network.to(device).requires_grad_(False).eval()
     assert not any(tensor.is_meta for tensor in chain(network.parameters(), network.buffers()))
+
+
+def _shapes_at(place: Place, shape: Shape) -> Iterator[tuple[str, Shape]]:
+    """The keys that a stored tensor becomes, with their shapes."""
+    if place.transposed:
+        shape = shape[::-1]
+    if len(place.keys) > 1:
+        length, rest = divmod(shape[0], len(place.keys)) if shape else (0, 0)
+        shape = (0 if rest else length, *shape[1:])  # 0 fits nowhere
+    for key in place.keys:
+        yield key, shape
 
 
 def _checked_shape(path: Path, name: str, info: TensorInfo) -> Shape:
@@ -108,9 +134,7 @@ def _likely_cause(shapes: Mapping[str, Shape], *, incomplete: bool) -> str:
     if any("lora" in key for key in shapes):
         return "This is a LoRA, not a model: pass it with --lora."
     if any(key.startswith(("model.diffusion_model.", "first_stage_model.", "cond_stage_model.")) for key in shapes):
-        return "This is a single-file checkpoint under another name; it cannot be read yet."
-    if "add_embedding.linear_1.weight" in shapes:
-        return "These are weights of Stable Diffusion XL, which is not supported."
+        return "This is a single-file checkpoint: give the file itself as the model."
     if shapes.get("conv_in.weight", ())[1:2] == (9,):
         return "This is an inpainting UNet (9 input channels), which is not supported."
     if incomplete:
@@ -118,5 +142,5 @@ def _likely_cause(shapes: Mapping[str, Shape], *, incomplete: bool) -> str:
     widths = {shape[1] for key, shape in shapes.items() if key.endswith("attn2.to_k.weight") and len(shape) == 2}
     family = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}.get(widths.pop()) if len(widths) == 1 else None
     if family:
-        return f"The weights are of the {family} family; config.json is of another."
-    return "config.json and the weights are of different models."
+        return f"The weights are of the {family} family; the configuration is of another."
+    return "The configuration and the weights are of different models."

@@ -163,3 +163,104 @@ VAE_SDXL: Config = {
     "sample_size": 1024,
     "scaling_factor": 0.13025,
 }
+
+_TEXT: Config = {
+    "attention_dropout": 0.0,
+    "bos_token_id": 0,
+    "dropout": 0.0,
+    "eos_token_id": 2,
+    "initializer_factor": 1.0,
+    "initializer_range": 0.02,
+    "layer_norm_eps": 1e-05,
+    "max_position_embeddings": 77,
+    "model_type": "clip_text_model",
+    "pad_token_id": 1,
+    "vocab_size": 49408,
+}
+
+TEXT_SD15: Config = {
+    **_TEXT,
+    "hidden_act": "quick_gelu",
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_attention_heads": 12,
+    "num_hidden_layers": 12,
+    "projection_dim": 768,
+}
+
+TEXT_SD21: Config = {
+    **_TEXT,
+    "hidden_act": "gelu",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 23,
+    "projection_dim": 512,
+}
+
+TEXT_SDXL_2: Config = {
+    **_TEXT,
+    "hidden_act": "gelu",
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_attention_heads": 20,
+    "num_hidden_layers": 32,
+    "projection_dim": 1280,
+}
+
+SCHEDULER_SD15: Config = {
+    "_class_name": "PNDMScheduler",
+    "_diffusers_version": "0.6.0",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+}
+
+SCHEDULER_SD21_BASE: Config = {**SCHEDULER_SD15, "clip_sample": False, "prediction_type": "epsilon"}
+
+SCHEDULER_SD21: Config = {
+    **SCHEDULER_SD15,
+    "_class_name": "DDIMScheduler",
+    "clip_sample": False,
+    "prediction_type": "v_prediction",
+}
+
+SCHEDULER_SDXL: Config = {
+    **SCHEDULER_SD15,
+    "_class_name": "EulerDiscreteScheduler",
+    "_diffusers_version": "0.19.0.dev0",
+    "clip_sample": False,
+    "interpolation_type": "linear",
+    "prediction_type": "epsilon",
+    "sample_max_value": 1.0,
+    "timestep_spacing": "leading",
+    "use_karras_sigmas": False,
+}
+
+# The published models: the JSON of each folder. 1.4 and 1.5 differ in nothing that matters.
+SD15: dict[str, Config] = {
+    "unet": UNET_SD15,
+    "vae": VAE_SD15,
+    "text_encoder": TEXT_SD15,
+    "scheduler": SCHEDULER_SD15,
+}
+SD14 = SD15
+SD21_BASE: dict[str, Config] = {
+    "unet": UNET_SD21_BASE,
+    "vae": VAE_SD21,
+    "text_encoder": TEXT_SD21,
+    "scheduler": SCHEDULER_SD21_BASE,
+}
+SD21: dict[str, Config] = {**SD21_BASE, "unet": UNET_SD21, "scheduler": SCHEDULER_SD21}
+SDXL: dict[str, Config] = {
+    "unet": UNET_SDXL,
+    "vae": VAE_SDXL,
+    "text_encoder": TEXT_SD15,
+    "text_encoder_2": TEXT_SDXL_2,
+    "scheduler": SCHEDULER_SDXL,
+}

@@ -112,13 +112,12 @@ def test_no_such_model(name: str, cache: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(socket, "socket", None)
     message = refusal(WeightsError, lambda: resolve_model(name))
     assert message.startswith("model ")
-    assert message.endswith(": not a folder, a repo id, or 'pocket'.")
+    assert message.endswith(": not a folder, a file, a repo id, or 'pocket'.")
 
 
 @pytest.mark.parametrize(
     ("name", "fragments"),
     [
-        ("model.safetensors", ["a single-file checkpoint cannot be read yet", "--lora"]),
         ("model.ckpt", ["pickled weights", "convert the model"]),
         ("pytorch_model.bin", ["pickled weights", "convert the model"]),
         ("notes.txt", ["a file, not a model"]),

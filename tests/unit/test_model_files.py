@@ -9,13 +9,14 @@ import pickle
 import struct
 import zipfile
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
 from safetensors.torch import save, save_file
 
 from minisd.errors import WeightsError
-from minisd.model_files import TensorInfo, read_header, read_json, read_tensors
+from minisd.model_files import TensorInfo, read_header, read_json, read_tensors, sha256_of
 
 GOOD = save({"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.float16)}, {"k": "v"})
 
@@ -130,6 +131,22 @@ def test_not_a_regular_file(tmp_path: Path) -> None:
         for read in (read_header, read_json):
             with pytest.raises(WeightsError, match=message):
                 read(tmp_path / name)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become nobody and root again")
+def test_a_file_of_somebody_else() -> None:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        path.write_bytes(GOOD)
+        path.chmod(0)
+        Path(folder).chmod(0o755)
+        os.seteuid(65534)
+        try:
+            for read in (read_header, read_json, sha256_of):
+                with pytest.raises(WeightsError, match="cannot be read: Permission denied"):
+                    read(path)
+        finally:
+            os.seteuid(0)
 
 
 def test_file_that_shrinks_while_read(tmp_path: Path) -> None:
