@@ -126,7 +126,14 @@ def lora_weights(model: nn.Module, name: str = "default") -> dict[str, LoRAWeigh
 
 
 def copy_lora_weights(weights: Mapping[str, LoRAWeights], model: nn.Module) -> None:
-    """Copy weights of the same layers and shapes into the adapter "default", in place."""
+    """Copy weights of the same layers and shapes into the adapter "default", in place, to be trained further.
+
+    Raises:
+        ValueError: one is a DoRA, of which only sampling and merging are supported. Nothing is copied then.
+    """
+    dora = next((path for path, lora in weights.items() if lora.magnitude is not None), None)
+    if dora is not None:
+        raise ValueError(f"{dora} has a magnitude: it is a DoRA, which can be used and merged but not trained")
     current = lora_weights(model)
     with torch.no_grad():
         for path, lora in weights.items():
@@ -171,6 +178,19 @@ def unmerge_lora(model: nn.Module) -> None:
         raise ValueError("no LoRA to unmerge: none is merged")
     for layer in layers:
         layer.unmerge()
+
+
+def bake_lora(model: nn.Module) -> None:
+    """Make merged weights the model's own: plain layers again, and no way back.
+
+    Raises:
+        ValueError: there is no adapter, or they are not merged.
+    """
+    layers = _lora_layers(model)
+    if not layers or not all(layer.merged for layer in layers.values()):
+        raise ValueError("no merged LoRA to bake in; call merge_lora first")
+    for path, layer in layers.items():
+        _replace(model, path, layer.plain())
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -25,6 +25,7 @@ _ARCHITECTURES = {
     "sd_v1": "stable-diffusion-v1",
     "sd_v2": "stable-diffusion-v2-512",
     "sd_v2_v": "stable-diffusion-v2-768-v",
+    "sdxl_base_v1-0": "stable-diffusion-xl-v1-base",
     "pocket": "minisd-pocket",
 }
 
@@ -38,7 +39,8 @@ class LoRAInfo:
     """
 
     base_model: str = ""  # a repo id or "pocket"
-    base_model_version: str = ""  # "sd_v1", "sd_v2", "sd_v2_v", "pocket"
+    base_commit: str = ""  # of the repo on the Hub
+    base_model_version: str = ""  # "sd_v1", "sd_v2", "sd_v2_v", "sdxl_base_v1-0", "pocket"
     rank: int
     alpha: float
     targets: tuple[str, ...] = ()
@@ -53,7 +55,7 @@ class LoRAInfo:
 
 def base_model_version(cross_attention_dim: int, prediction_type: str) -> str:
     """Name the family of a base model as kohya's files do; "unknown" for a width no published model has."""
-    version = {64: "pocket", 768: "sd_v1", 1024: "sd_v2"}.get(cross_attention_dim, "unknown")
+    version = {64: "pocket", 768: "sd_v1", 1024: "sd_v2", 2048: "sdxl_base_v1-0"}.get(cross_attention_dim, "unknown")
     return "sd_v2_v" if version == "sd_v2" and prediction_type == "v_prediction" else version
 
 
@@ -71,6 +73,7 @@ def to_header(info: LoRAInfo) -> dict[str, str]:
         "format": "pt",
         "minisd.format_version": FORMAT_VERSION,
         "minisd.base_model": base_model,
+        "minisd.base_commit": info.base_commit,
         "minisd.targets": _json(info.targets),
         "minisd.trigger": info.trigger,
         "minisd.recipe": _json(info.recipe),
@@ -118,9 +121,12 @@ def from_header(metadata: Mapping[str, str], *, rank: int, alpha: float, targets
     recipe = _parsed(metadata, "minisd.recipe", {})
     ours = _parsed(metadata, "minisd.targets", [])
     prediction = metadata.get("modelspec.prediction_type", "")
+    architecture = metadata.get("modelspec.architecture", "").removesuffix("/lora")
+    versions = {architecture: version for version, architecture in _ARCHITECTURES.items()}
     return LoRAInfo(
         base_model=metadata.get("minisd.base_model", ""),
-        base_model_version=metadata.get("ss_base_model_version", ""),
+        base_commit=metadata.get("minisd.base_commit", ""),
+        base_model_version=metadata.get("ss_base_model_version") or versions.get(architecture, ""),
         rank=rank,
         alpha=alpha,
         targets=tuple(str(target) for target in ours) or targets,

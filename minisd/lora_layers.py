@@ -5,6 +5,10 @@
 For a convolution, A is one of the same kernel and stride, [r, in, kh, kw], and B one of 1 x 1, [out, r, 1, 1]: B A is
 again a product of two matrices, [out, r] and [r, in * kh * kw]. B starts at zero, so at the start the model is the base
 model.
+
+DoRA (arXiv:2402.09353, equation 5) learns the length m of each row of the changed weight as well:
+
+    W' = m (W + (alpha / r) B A) / ||W + (alpha / r) B A||        m [out], one norm for each output
 """
 
 from __future__ import annotations
@@ -26,11 +30,13 @@ class LoRAWeights:
         down: [rank, in], or [rank, in, kh, kw] for a convolution.
         up: [out, rank], or [out, rank, 1, 1] for a convolution.
         alpha: the change is multiplied by alpha / rank.
+        magnitude: [out] of DoRA, the length of each row of the changed weight; None is a plain LoRA.
     """
 
     down: Tensor
     up: Tensor
     alpha: float
+    magnitude: Tensor | None = None
 
     def __post_init__(self) -> None:
         down, up = self.down.shape, self.up.shape
@@ -41,6 +47,8 @@ class LoRAWeights:
             )
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise ValueError(f"LoRA alpha must be a positive number, got {self.alpha}")
+        if self.magnitude is not None and self.magnitude.shape != up[:1]:
+            raise ValueError(f"DoRA's magnitude is [{up[0]}], one for each output, got {list(self.magnitude.shape)}")
 
     @property
     def rank(self) -> int:
@@ -56,6 +64,16 @@ class LoRAWeights:
         """B A in the weight's shape, multiplied in this dtype."""
         return (self.up.to(dtype).flatten(1) @ self.down.to(dtype).flatten(1)).reshape(self.shape)
 
+    def change(self, weight: Tensor) -> Tensor:
+        """W' - W for a weight W of this shape, in its dtype."""
+        change = self.alpha / self.rank * self.product(weight.dtype)
+        if self.magnitude is None:
+            return change
+        total = weight + change
+        norm = total.flatten(1).norm(dim=1)
+        scale = torch.where(norm > 0, self.magnitude.to(weight.dtype) / norm, 0)  # a row of zeros has no direction
+        return scale.reshape(-1, *(1 for _ in self.shape[1:])) * total - weight
+
 
 class LoRAAdapter(nn.Module):
     """The learnt change of one layer. Its weights are float32 copies of those given; LoRALayer runs it.
@@ -65,7 +83,10 @@ class LoRAAdapter(nn.Module):
         alpha: the change is multiplied by alpha / r.
         dropout: zeroes inputs of the adapter, in training mode only.
         lora_scale: strength at sampling; 1 while training, 0 is exactly the base.
+        magnitude: [out] of DoRA, else None. Such an adapter is for sampling and merging, not for training.
     """
+
+    magnitude: Tensor | None
 
     def __init__(self, weights: LoRAWeights, dropout: float = 0.0) -> None:
         super().__init__()
@@ -75,11 +96,14 @@ class LoRAAdapter(nn.Module):
             nn.Parameter(tensor.detach().float().clone(memory_format=torch.contiguous_format))
             for tensor in (weights.down, weights.up)
         )
+        # A buffer, because it is not trained: it moves with the model.
+        magnitude = None if weights.magnitude is None else weights.magnitude.detach().float().clone()
+        self.register_buffer("magnitude", magnitude, persistent=False)
 
     @property
     def weights(self) -> LoRAWeights:
         """The present weights; the tensors share memory with this module."""
-        return LoRAWeights(self.lora_down.detach(), self.lora_up.detach(), self.alpha)
+        return LoRAWeights(self.lora_down.detach(), self.lora_up.detach(), self.alpha, self.magnitude)
 
     @property
     def factor(self) -> float:
@@ -123,13 +147,25 @@ class LoRALayer(nn.Module):
         return adapter
 
     @torch.no_grad()
-    def merge(self) -> None:
-        """Put W' = W + sum (lora_scale * alpha / r) B A in the place of W, summed in float32 and rounded once."""
-        assert self.base_weight is None
-        total = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32), copy=True)
+    def changed_weight(self) -> Tensor:
+        """W + sum lora_scale (W' - W) over the active adapters, summed in float32 and rounded once.
+
+        So strength 0 is exactly the base and 1 is what the adapter was trained to be; of DoRA, whose W' is not linear
+        in the strength, ComfyUI takes this line between the two as well.
+        """
+        weight = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+        total = weight.clone()
         for adapter in self.active:
-            total += adapter.factor * adapter.weights.product(total.dtype)
-        self.base_weight, self.weight.data = self.weight.data, total.to(self.weight.dtype)
+            if adapter.magnitude is None:
+                total += adapter.factor * adapter.weights.product(total.dtype)
+            else:
+                total += adapter.lora_scale * adapter.weights.change(weight)
+        return total.to(self.weight.dtype)
+
+    def merge(self) -> None:
+        """Put the changed weight in the place of W."""
+        assert self.base_weight is None
+        self.base_weight, self.weight.data = self.weight.data, self.changed_weight()
 
     def unmerge(self) -> None:
         """Put back W itself; subtracting the change again would leave rounding behind."""
@@ -154,6 +190,8 @@ class LoRALinear(LoRALayer, nn.Linear):
         active = self.active
         if not active:
             return F.linear(input, self.weight, self.bias)
+        if any(adapter.magnitude is not None for adapter in active):
+            return F.linear(input, self.changed_weight(), self.bias)  # its norms need the whole product
         x = input.reshape(-1, self.in_features)
         # In another memory layout torch rounds the bias in otherwise: there, too, a new adapter must change no bit.
         out = F.linear(x if input.is_contiguous() else input, self.weight, self.bias)
@@ -180,8 +218,11 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
         return layer
 
     def forward(self, input: Tensor) -> Tensor:
+        active = self.active
+        if any(adapter.magnitude is not None for adapter in active):
+            return self._conv_forward(input, self.changed_weight(), self.bias)
         out = self._conv_forward(input, self.weight, self.bias)
-        for adapter in self.active:
+        for adapter in active:
             hidden = self._conv_forward(adapter.dropout(input), adapter.lora_down.to(out.dtype), None)
             out = out.add_(F.conv2d(hidden, adapter.lora_up.to(out.dtype)), alpha=adapter.factor)
         return out

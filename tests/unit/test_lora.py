@@ -17,6 +17,7 @@ from minisd.lora import (
     LoRAWeights,
     adaptable_layers,
     add_lora,
+    bake_lora,
     inject_lora,
     lora_parameters,
     lora_weights,
@@ -25,7 +26,8 @@ from minisd.lora import (
     set_lora_scale,
     unmerge_lora,
 )
-from minisd.unet import UNet2DConditionModel, UNetConfig
+from minisd.unet import UNet2DConditionModel
+from minisd.unet_config import UNetConfig
 
 SD1_LIKE = {"attention_head_dim": 4, "use_linear_projection": False}
 SD2_LIKE = {"attention_head_dim": (4, 8), "use_linear_projection": True}
@@ -250,6 +252,20 @@ def test_merging_changes_nothing_and_unmerging_restores_every_bit(dtype: torch.d
     unmerge_lora(unet)
     assert all(torch.equal(parameter, base[name]) for name, parameter in unet.named_parameters())
     assert torch.equal(run(unet, dtype), before)
+
+
+def test_baked_in_weights_stay_and_the_layers_are_plain_again() -> None:
+    unet = tiny_unet()
+    keys = list(unet.state_dict())
+    add_lora(unet, random_weights(unet, 1, rank=3, alpha=5.0), name="one", lora_scale=-0.7)
+    with pytest.raises(ValueError, match="no merged LoRA to bake in"):
+        bake_lora(unet)
+    merge_lora(unet)
+    merged = {key: tensor.clone() for key, tensor in unet.state_dict().items() if key in keys}
+    bake_lora(unet)
+    assert list(unet.state_dict()) == keys
+    assert all(torch.equal(tensor, merged[key]) for key, tensor in unet.state_dict().items())
+    assert not lora_parameters(unet)
 
 
 def test_merging_into_bfloat16_rounds_once() -> None:
@@ -494,6 +510,7 @@ GOOD = LoRAWeights(torch.zeros(2, 8), torch.zeros(6, 2), 1.0)
         (lambda: add_lora(merged_layer(), {"0": GOOD}, name="b"), "call unmerge_lora"),
         (lambda: add_lora(merged_layer(), {"0": GOOD}, name="default"), "already has a LoRA called 'default'"),
         (lambda: merge_lora(tiny_unet()), "no LoRA to merge"),
+        (lambda: bake_lora(tiny_unet()), "no merged LoRA to bake in"),
         (lambda: unmerge_lora(tiny_unet()), "none is merged"),
         (lambda: lora_weights(merged_layer(), "other"), "no LoRA is called 'other'; the model has: default"),
         (lambda: lora_weights(tiny_unet()), "the model has: none"),

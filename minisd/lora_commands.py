@@ -1,0 +1,241 @@
+"""What `python -m minisd.lora_file` does to LoRA files: convert, merge, resize. lora_inspect.py has the fourth."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from minisd.atomic import write_atomically
+from minisd.errors import UsageError, WeightsError
+from minisd.families import Family, meta_networks, network_on_meta
+from minisd.hub import resolve_model
+from minisd.lora import bake_lora, lora_parameters, merge_lora
+from minisd.lora_dialects import FLUX
+from minisd.lora_info import base_model_version
+from minisd.lora_layers import LoRAWeights
+from minisd.lora_options import Convert, Merge, Resize
+from minisd.lora_raw import read_raw
+from minisd.lora_reader import LoRA, add_lora_to, family_name, load_lora
+from minisd.lora_resize import Kept, concatenate, resize
+from minisd.lora_writer import LoRAFormat, Parts, save_lora
+from minisd.model_files import read_json
+from minisd.model_folder import networks_in
+from minisd.model_writer import write_model_folder
+from minisd.single_file import identify
+from minisd.unet import UNet2DConditionModel
+from minisd.weights import load_model
+
+log = logging.getLogger("lora_file")
+
+# Width of the prompts, or what a header says -> the family whose names and sizes are known here.
+_FAMILIES: Mapping[int | str | None, Family] = {768: "sd1", 1024: "sd2", 2048: "sdxl", "SDXL": "sdxl", "sd_v1": "sd1",
+                                                "sd_v2": "sd2", "sd_v2_v": "sd2", "sdxl_base_v1-0": "sdxl"}  # fmt: skip
+
+
+def convert(options: Convert) -> None:
+    """Write a LoRA file in another layout."""
+    _check_free(options.output, overwrite=options.overwrite)
+    networks = _networks_for(options.file, options.model)
+    lora = load_lora(options.file, networks, allow_partial=options.allow_partial)
+    _write(options.output, _with_family(lora, networks), options.lora_format, options.dtype)
+
+
+def merge(options: Merge) -> None:
+    """Add up LoRA files, into one or into a model."""
+    scaled = [_with_scale(text) for text in options.files]
+    if not scaled:
+        raise UsageError("merge: expected at least one FILE or FILE:SCALE.")
+    if options.output.suffix != ".safetensors":
+        _merge_into_model(options, scaled)
+        return
+    _check_free(options.output, overwrite=options.overwrite)
+    networks = _networks_for(scaled[0][0], options.model)
+    loras = [load_lora(path, networks, allow_partial=options.allow_partial) for path, _ in scaled]
+    try:
+        parts = _added_up([(lora.parts, scale) for lora, (_, scale) in zip(loras, scaled, strict=True)])
+    except ValueError as error:
+        raise UsageError(f"merge: {error}. Merge it into its model instead: --output FOLDER --model MODEL.") from error
+    if options.rank is not None:
+        parts = _resized(parts, options.rank)
+    embeddings = {token: vectors for lora in loras for token, vectors in lora.embeddings.items()}
+    if len(embeddings) != sum(len(lora.embeddings) for lora in loras):
+        raise UsageError("merge: two of the files have embeddings of the same token. Use them one at a time.")
+    info = replace(
+        loras[0].info,
+        trigger=", ".join(dict.fromkeys(lora.info.trigger for lora in loras if lora.info.trigger)),
+        targets=tuple(dict.fromkeys(target for lora in loras for target in lora.info.targets)),
+        title="",
+        steps=None,
+        seed=None,
+        recipe={"merged": [{"file": path.name, "scale": scale} for path, scale in scaled]},
+    )
+    merged = _with_family(LoRA(parts, embeddings, info), networks)
+    _write(options.output, merged, options.lora_format, options.dtype)
+
+
+def resize_file(options: Resize) -> None:
+    """Bring a LoRA file to a lower rank."""
+    _check_free(options.output, overwrite=options.overwrite)
+    networks = _networks_for(options.file, options.model)
+    lora = load_lora(options.file, networks)
+    resized = replace(lora, parts=_resized(lora.parts, options.rank))
+    _write(options.output, _with_family(resized, networks), options.lora_format, options.dtype)
+
+
+def _merge_into_model(options: Merge, scaled: Sequence[tuple[Path, float]]) -> None:
+    """Write the model with the LoRAs' changes in its own weights."""
+    if options.model is None:
+        raise UsageError(f"merge: --output {options.output} is no .safetensors file. For a folder, give --model, too.")
+    if options.rank is not None:
+        raise UsageError("merge: --rank is for a merged LoRA file; a model has no rank.")
+    _check_free(options.output, overwrite=False)
+    model = load_model(options.model)  # in float32: rounded once, at the end
+    networks = model.networks()
+    for index, (path, scale) in enumerate(scaled):
+        lora = load_lora(path, networks, allow_partial=options.allow_partial)
+        add_lora_to(networks, lora, name=f"lora{index}", lora_scale=scale)
+        _write_embeddings(options.output, lora.embeddings, overwrite=False)
+    for network in networks.values():
+        if lora_parameters(network):
+            merge_lora(network)
+            bake_lora(network)
+        network.to(getattr(torch, options.dtype))
+    if not model.is_xl:  # whose VAE overflows float16
+        model.vae.to(getattr(torch, options.dtype))
+    write_model_folder(model, options.output)
+    log.info("wrote %s, a model folder", options.output)
+
+
+def _networks_for(path: Path, model: str | None) -> dict[str, nn.Module]:
+    """The networks a LoRA is for, without weights: they say what its names mean.
+
+    Raises:
+        UsageError: the file does not tell, and --model is not given.
+        WeightsError: the file or the model cannot be read, or is of a kind that is not supported.
+    """
+    if model is None:
+        raw = read_raw(path)
+        family = _FAMILIES.get(raw.guess)
+        if family is not None:
+            return meta_networks(family)
+        name = family_name(raw.guess)
+        if name == FLUX:
+            raise WeightsError(f"{path}: it is for {name}, which is not supported.")
+        if not name.startswith("pocket"):
+            raise UsageError(f"{path}: its family is {name}. Say with --model what it is for.")
+        model = "pocket"
+    source = resolve_model(model)
+    if source.is_file():
+        return meta_networks(identify(source, "epsilon")[0])  # what it predicts changes no name
+    networks = {}
+    for part in networks_in(source):
+        config = source / part / "config.json"
+        try:
+            if part != "vae":
+                networks[part] = network_on_meta(part, read_json(config))
+        except ValueError as error:
+            raise WeightsError(f"{config}: {error}. This model cannot be read.") from error
+    return networks
+
+
+def _with_family(lora: LoRA, networks: Mapping[str, nn.Module]) -> LoRA:
+    """Fill in what the header did not say, from the networks and the weights."""
+    weights = [weights for part in lora.parts.values() for weights in part.values()]
+    rank, alpha = Counter((each.rank, each.alpha) for each in weights).most_common(1)[0][0]
+    info = replace(lora.info, rank=rank, alpha=alpha)
+    unet = networks["unet"]
+    assert isinstance(unet, UNet2DConditionModel)
+    version = base_model_version(unet.config.cross_attention_dim, info.prediction_type)
+    # Not for SD 2.x, unless the header says what it predicts: the version would say so.
+    if info.base_model_version in ("", "unknown") and (version != "sd_v2" or info.prediction_type):
+        info = replace(info, base_model_version=version)
+    return replace(lora, info=info)
+
+
+def _added_up(loras: Sequence[tuple[Parts, float]]) -> dict[str, dict[str, LoRAWeights]]:
+    """Concatenate the adapters of each layer. Raises ValueError for a DoRA."""
+    by_layer: dict[str, dict[str, list[tuple[LoRAWeights, float]]]] = {}
+    for parts, scale in loras:
+        for part, weights in parts.items():
+            for path, lora in weights.items():
+                by_layer.setdefault(part, {}).setdefault(path, []).append((lora, scale))
+    ranks = Counter(sum(lora.rank for lora, _ in found) for paths in by_layer.values() for found in paths.values())
+    alpha = float(ranks.most_common(1)[0][0])  # equal to the rank of most layers
+    return {
+        part: {path: concatenate(found, alpha) for path, found in paths.items()} for part, paths in by_layer.items()
+    }
+
+
+def _resized(parts: Parts, rank: int) -> dict[str, dict[str, LoRAWeights]]:
+    """Bring every adapter to a rank, and say what is kept. Raises UsageError."""
+    kept: dict[str, Kept] = {}
+    resized: dict[str, dict[str, LoRAWeights]] = {part: {} for part in parts}
+    for part, weights in parts.items():
+        for path, lora in weights.items():
+            try:
+                resized[part][path], kept[f"{part}: {path}"] = resize(lora, rank)
+            except ValueError as error:
+                raise UsageError(f"--rank {rank}: {path}: {error}.") from error
+    shares = {name: found.share for name, found in kept.items()}
+    worst = min(shares, key=lambda name: shares[name])
+    total = Kept(math.fsum(found.kept for found in kept.values()), math.fsum(found.whole for found in kept.values()))
+    print(
+        f"energy kept: {total.share:.2%} in total, {statistics.fmean(shares.values()):.2%} in the mean of the modules"
+    )
+    print(f"least kept: {shares[worst]:.2%} in {worst}")
+    return resized
+
+
+def _with_scale(text: str) -> tuple[Path, float]:
+    """FILE or FILE:SCALE. Raises UsageError."""
+    path, colon, scale = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        strength = float(scale)
+    except ValueError:
+        strength = math.nan
+    if not math.isfinite(strength):
+        raise UsageError(f"{text}: expected FILE or FILE:SCALE, such as style.safetensors:0.8.")
+    return Path(path), strength
+
+
+def _check_free(output: Path, *, overwrite: bool) -> None:
+    if output.exists() and (output.is_dir() or not overwrite):
+        allowed = "" if output.is_dir() else ", or --overwrite"
+        raise UsageError(f"{output} is there already. Choose another --output{allowed}.")
+
+
+def _write(output: Path, lora: LoRA, lora_format: LoRAFormat, dtype: str | None) -> None:
+    """Write the file, and beside it the embeddings, for which LoRA files have no common place."""
+    try:
+        save_lora(
+            output,
+            lora.parts,
+            lora.info,
+            dtype=None if dtype is None else getattr(torch, dtype),
+            lora_format=lora_format,
+        )
+    except ValueError as error:
+        raise UsageError(f"{output}: {error}.") from error
+    log.info("wrote %s", output)
+    _write_embeddings(output.with_suffix(""), lora.embeddings, overwrite=True)
+
+
+def _write_embeddings(stem: Path, embeddings: Mapping[str, Tensor], *, overwrite: bool) -> None:
+    """Write each token's vectors into a textual inversion file of its own, as diffusers and A1111 read it."""
+    for token, vectors in embeddings.items():
+        path = stem.with_name(f"{stem.name}-{re.sub(r'[^A-Za-z0-9]+', '', token) or 'token'}.safetensors")
+        _check_free(path, overwrite=overwrite)
+        write_atomically(path, save({token: vectors.contiguous()}))
+        log.info("wrote %s, the embedding of %r", path, token)
