@@ -15,15 +15,17 @@ import sys
 import tomllib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, NoReturn, TypeVar
 
 import tyro
 
-from minisd.config import SampleConfig, TrainConfig
+from minisd.config import TrainConfig
 from minisd.errors import UsageError, one_line
+from minisd.picture_record import read_record
+from minisd.sample_config import SampleConfig
 
 Config = TypeVar("Config", TrainConfig, SampleConfig)
 
@@ -43,13 +45,18 @@ def parse_args(config_class: type[Config], arguments: Sequence[str] | None = Non
         arguments: the words after the script's name; those of the process if not given.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    path, said = _config_path(words), io.StringIO()
+    path = _path_after("--config", words)
+    picture = _path_after("--from-png", words) if config_class is SampleConfig else None
     try:
-        values = {} if path is None else read_config_file(path, config_class)
         # tyro would add to the defaults of an option that may be given several times; what is said here replaces them.
         given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in words if word.startswith("--")}
+        values = {} if path is None else read_config_file(path, config_class)
+        if "from_png" in values:
+            raise UsageError(f"--config {path}: from_png is not for a file. Give --from-png on the command line.")
+        if picture is not None:
+            values |= _options_of_picture(picture, given)
         defaults = _defaults(config_class, {name: value for name, value in values.items() if name not in given})
-        with contextlib.redirect_stderr(said):
+        with tyros_refusal():
             # mypy takes the subscripted class for a plain value.
             command_line: Any = _CommandLine[config_class]  # type: ignore[valid-type]
             return tyro.cli(
@@ -60,13 +67,28 @@ def parse_args(config_class: type[Config], arguments: Sequence[str] | None = Non
             ).options
     except UsageError as error:
         message = str(error)
+    for file in (path, picture):
+        if file is not None and str(file) not in message:
+            message += f" (With the defaults of {file}.)"
+    refuse(message)
+
+
+@contextlib.contextmanager
+def tyros_refusal() -> Iterator[None]:
+    """Turn tyro's explanation of a mistake, which it prints in a frame, into a UsageError; let --help pass."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            yield
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        # tyro draws a frame around its explanation: take the words out of it.
-        message = " ".join(re.sub(r"[^\x20-\x7e]|-{3,}|={3,}", " ", said.getvalue()).split())
-    if path is not None and str(path) not in message:
-        message += f" (With the defaults of {path}.)"
+        words = re.sub(r"[^\x20-\x7e]|-{3,}|={3,}", " ", said.getvalue()).split()
+        raise UsageError(" ".join(words)) from None
+
+
+def refuse(message: str) -> NoReturn:
+    """End the process with one line on stderr and exit code 2."""
     print(f"minisd: error {UsageError.name}: {one_line(message)}", file=sys.stderr)
     raise SystemExit(UsageError.exit_code)
 
@@ -100,6 +122,23 @@ def read_config_file(path: Path, config_class: type[Config]) -> dict[str, Any]:
         raise UsageError(f"--config {path}: not valid {path.suffix[1:].upper()}: {error}.") from error
     if not isinstance(content, dict):
         raise UsageError(f"--config {path}: expected options by name.")
+    return _checked(content, config_class, f"--config {path}")
+
+
+def _options_of_picture(path: Path, given: Collection[str]) -> dict[str, Any]:
+    """The options that a picture was drawn with, to be the defaults of the others. Raises UsageError."""
+    options = dict(read_record(path).options)
+    if "prompts_file" in given:  # its prompts take the place of the picture's
+        options.pop("prompt", None)
+    if "model" in given:  # these are about the picture's
+        options = {name: options[name] for name in options.keys() - {"revision", "variant", "prediction_type"}}
+    # A null stands for "not given" in every option that has it.
+    options = {name: value for name, value in options.items() if value is not None}
+    return _checked(options | {"num_images": 1}, SampleConfig, f"--from-png {path}")
+
+
+def _checked(content: Mapping[str, Any], config_class: type[Any], where: str) -> dict[str, Any]:
+    """The options in a file under their fields' names, with values of their types. Raises UsageError."""
     hints = typing.get_type_hints(config_class)
     values: dict[str, Any] = {}
     for key, value in content.items():
@@ -107,20 +146,21 @@ def read_config_file(path: Path, config_class: type[Config]) -> dict[str, Any]:
         if name not in hints:
             near = difflib.get_close_matches(name, hints, n=1)
             help_ = f"Did you mean {near[0]!r}?" if near else "See --help for the options."
-            raise UsageError(f"--config {path}: unknown option {key!r}. {help_}")
+            raise UsageError(f"{where}: unknown option {key!r}. {help_}")
         if name in values:
-            raise UsageError(f"--config {path}: {key!r} is given twice, with dashes and with underscores.")
+            raise UsageError(f"{where}: {key!r} is given twice, with dashes and with underscores.")
         values[name] = _converted(value, hints[name])
         if values[name] is MISSING:
-            raise UsageError(f"--config {path}: {key} = {value!r}: expected {_wanted(hints[name])}.")
+            raise UsageError(f"{where}: {key} = {value!r}: expected {_wanted(hints[name])}.")
     return values
 
 
-def _config_path(words: list[str]) -> Path | None:
-    """The value of --config, wherever it stands. tyro needs the file's values before it reads the words."""
+def _path_after(option: str, words: list[str]) -> Path | None:
+    """The value of an option, wherever it stands. tyro needs the values of its file before it reads the words."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", nargs="?", type=Path)  # "?": that the value is missing is for tyro to say
-    path: Path | None = parser.parse_known_args(words)[0].config
+    spellings = {option, "--" + option[2:].replace("-", "_")}
+    parser.add_argument(*spellings, dest="path", nargs="?", type=Path)  # "?": a missing value is for tyro to say
+    path: Path | None = parser.parse_known_args(words)[0].path
     return path
 
 
@@ -140,8 +180,9 @@ def _converted(value: Any, hint: Any) -> Any:
         return next((found for arg in args if (found := _converted(value, arg)) is not MISSING), MISSING)
     if origin is Literal:
         return value if isinstance(value, str) and value in args else MISSING
-    if origin is tuple:  # tuple[str, ...]
-        found = tuple(_converted(item, args[0]) for item in value) if isinstance(value, list) else (MISSING,)
+    if origin is tuple:  # tuple[str, ...] or tuple[float, float]
+        right = isinstance(value, list) and (args[-1] is ... or len(value) == len(args))
+        found = tuple(_converted(item, args[0]) for item in value) if right else (MISSING,)
         return MISSING if MISSING in found else found
     if hint is Path and isinstance(value, str):
         return Path(value)
@@ -158,5 +199,6 @@ def _wanted(hint: Any) -> str:
     if origin is Literal:
         return f"one of {', '.join(map(repr, args))}"
     if origin is tuple:
-        return f"a list, each {_wanted(args[0])}"
+        size = "" if args[-1] is ... else f" of {len(args)}"
+        return f"a list{size}, each {_wanted(args[0])}"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path as text"}[hint]

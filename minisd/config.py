@@ -1,4 +1,4 @@
-"""The options of the scripts: frozen dataclasses and their checks.
+"""The options of train.py, and how all options are checked. sample_config.py has those of sample.py.
 
 Option names are those of diffusers' training scripts where the meaning is the same.
 """
@@ -28,11 +28,14 @@ class TrainConfig:
     output: Path = DEFAULT_OUTPUT
     """Folder for lora.safetensors, metrics.jsonl, config.json, run_status.json, checkpoints/ and samples/."""
     model: str = DEFAULT_MODEL
-    """Base model: a repo id on the Hub, a folder in diffusers layout, or "pocket", the small model in this folder."""
+    """Base model: a repo id on the Hub, a folder in diffusers layout, a single .safetensors file, or "pocket", the
+    small model in this folder."""
     revision: str | None = None
     """Branch, tag or commit of the repo on the Hub."""
     variant: str | None = None
     """Variant of the weight files, such as fp16."""
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    """What the base model predicts, where its file does not say: a single file of SD 2.x."""
 
     resolution: int | None = None
     """Training pictures have about resolution^2 pixels; the model's own size if not given."""
@@ -48,6 +51,8 @@ class TrainConfig:
     """Mirror every other picture at random."""
     caption_dropout: float = 0.1
     """Share of samples trained without their caption, which keeps classifier-free guidance healthy."""
+    max_caption_tokens: int = 225
+    """Captions are cut there. One of more than 75 tokens is read in chunks, and then all are padded to as many."""
     trigger: str | None = None
     """The word that calls the style up: put in front of captions and validation prompts that do not have it, or in the
     place of [trigger] in them, and written into the LoRA file."""
@@ -102,6 +107,8 @@ class TrainConfig:
     """Dropout on the adapters' input."""
     lora_targets: Literal["attn", "attn+ff", "all"] = "attn"
     """Layers that get an adapter: the attention projections, the feed-forward layers too, or convolutions as well."""
+    lora_format: Literal["kohya", "peft"] = "kohya"
+    """Names in OUTPUT/lora.safetensors: those that every program reads, or those of diffusers and PEFT."""
     init_lora: Path | None = None
     """Start from the weights of this LoRA file, with a fresh optimizer. Not a way to resume."""
 
@@ -151,21 +158,21 @@ class TrainConfig:
                      "validation_steps", "validation_num_images", "validation_inference_steps"):  # fmt: skip
             value = getattr(self, name)
             if value is not None:
-                _check(name, value, value >= 1, "a whole number of at least 1")
-        _check(
-            "learning_rate", self.learning_rate, 0 < self.learning_rate < 1, "a number between 0 and 1, such as 1e-4"
-        )
-        _check("alpha", self.alpha, self.alpha is None or 0 < self.alpha < 1e6, "a positive number")
-        _check("snr_gamma", self.snr_gamma, self.snr_gamma is None or 0 < self.snr_gamma < 1e6, "a positive number")
-        _check("dist_timeout", self.dist_timeout, 1 <= self.dist_timeout < 1e6, "seconds, at least 1")
-        _check("noise_offset", self.noise_offset, 0 <= self.noise_offset <= 1, "a number from 0 to 1, such as 0.05")
+                check(name, value, value >= 1, "a whole number of at least 1")
+        check("learning_rate", self.learning_rate, 0 < self.learning_rate < 1, "a number between 0 and 1, such as 1e-4")
+        tokens = self.max_caption_tokens
+        check("max_caption_tokens", tokens, 1 <= tokens <= 1500, "from 75 to 1500")
+        check("alpha", self.alpha, self.alpha is None or 0 < self.alpha < 1e6, "a positive number")
+        check("snr_gamma", self.snr_gamma, self.snr_gamma is None or 0 < self.snr_gamma < 1e6, "a positive number")
+        check("dist_timeout", self.dist_timeout, 1 <= self.dist_timeout < 1e6, "seconds, at least 1")
+        check("noise_offset", self.noise_offset, 0 <= self.noise_offset <= 1, "a number from 0 to 1, such as 0.05")
         guidance = self.validation_guidance_scale
-        _check("validation_guidance_scale", guidance, 0 <= guidance < 1000, "a number from 0 to 1000")
+        check("validation_guidance_scale", guidance, 0 <= guidance < 1000, "a number from 0 to 1000")
         for name in ("lora_dropout", "caption_dropout"):
-            _check(name, getattr(self, name), 0 <= getattr(self, name) < 1, "a share from 0 up to, not including, 1")
+            check(name, getattr(self, name), 0 <= getattr(self, name) < 1, "a share from 0 up to, not including, 1")
         for name in ("lr_warmup_steps", "weight_decay", "max_grad_norm", "dataloader_num_workers", "seed"):
-            _check(name, getattr(self, name), 0 <= getattr(self, name) < 2**63, "0 or more")
-        _check("checkpoints_total_limit", self.checkpoints_total_limit, self.checkpoints_total_limit >= 2,
+            check(name, getattr(self, name), 0 <= getattr(self, name) < 2**63, "0 or more")
+        check("checkpoints_total_limit", self.checkpoints_total_limit, self.checkpoints_total_limit >= 2,
                "at least 2: the newest may be the one being written")  # fmt: skip
         if self.trigger is not None and not self.trigger.strip():
             raise UsageError("--trigger is empty. Give a word, or leave it out.")
@@ -199,69 +206,7 @@ class TrainConfig:
         return steps
 
 
-@dataclass(frozen=True, kw_only=True)
-class SampleConfig:
-    """Draw pictures from prompts, with Stable Diffusion and LoRAs."""
-
-    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """What to draw; may be given several times."""
-    prompts_file: Path | None = None
-    """A text file with one prompt a line."""
-    negative_prompt: str = ""
-    """What to keep away from."""
-    model: str | None = None
-    """Base model; if not given, the one named in the LoRA's header, or Stable Diffusion 1.5."""
-    revision: str | None = None
-    """Branch, tag or commit of the repo on the Hub."""
-    variant: str | None = None
-    """Variant of the weight files, such as fp16."""
-    lora: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """LoRA file, PATH or PATH:SCALE; may be given several times. If not given, output/lora.safetensors is used if it is
-    there; "none" draws without."""
-    num_images: int = 3
-    """Pictures for each prompt. Picture i is drawn from seed + i."""
-    num_inference_steps: int = 25
-    """Steps of the sampler."""
-    guidance_scale: float = 7.5
-    """How strongly the prompt steers; 1 switches classifier-free guidance off."""
-    scheduler: Literal["ddpm", "ddim", "euler", "euler-a", "dpm++2m"] = "dpm++2m"
-    """The sampler."""
-    karras: bool = False
-    """Space the noise levels as in Karras et al. (euler and dpm++2m)."""
-    timestep_spacing: Literal["leading", "linspace", "trailing"] | None = None
-    """How the sampler's steps are spread over the diffusion times; what diffusers ends up with if not given."""
-    eta: float = 0.0
-    """Noise that ddim adds at each step, from 0 (none) to 1 (as ddpm)."""
-    seed: int = 0
-    """Seed of the first picture."""
-    height: int | None = None
-    """Height in pixels; the model's own size if not given."""
-    width: int | None = None
-    """Width in pixels; the model's own size if not given."""
-    batch_size: int = 1
-    """Pictures drawn at a time. Changes speed and memory, not the pictures."""
-    precision: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    """dtype of the weights; auto is float16 on a GPU and float32 on a CPU."""
-    output: Path = Path("samples")
-    """Folder for 000.png, 001.png, ... and grid.png."""
-    overwrite: bool = False
-    """Replace pictures that are there already."""
-    debug: bool = False
-    """Show the traceback of an error."""
-
-    def __post_init__(self) -> None:
-        for name in ("num_images", "num_inference_steps", "batch_size"):
-            _check(name, getattr(self, name), getattr(self, name) >= 1, "a whole number of at least 1")
-        _check("guidance_scale", self.guidance_scale, 0 <= self.guidance_scale < 1000, "a number from 0 to 1000")
-        _check("eta", self.eta, 0 <= self.eta <= 1, "a number from 0 to 1")
-        _check("seed", self.seed, 0 <= self.seed < 2**63 - self.num_images, "from 0 to 2^63")
-        for name in ("height", "width"):
-            value = getattr(self, name)
-            _check(name, value, value is None or 8 <= value <= 8192, "from 8 to 8192 pixels")
-        if not self.prompt and self.prompts_file is None:
-            raise UsageError('no prompt. Give --prompt "8bit illustration of city view" or --prompts-file FILE.')
-
-
-def _check(name: str, value: Any, ok: bool, wanted: str) -> None:
+def check(name: str, value: Any, ok: bool, wanted: str) -> None:
+    """Refuse the value of an option. Raises UsageError if it is not `ok`."""
     if not ok:
         raise UsageError(f"--{name.replace('_', '-')} {value}: expected {wanted}.")

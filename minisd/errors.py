@@ -133,7 +133,10 @@ def translate(error: BaseException) -> MinisdError | None:
     detail = str(error).partition("\n")[0]
     # torch.OutOfMemoryError is a RuntimeError; the CPU allocator raises a plain one.
     if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
-        return OutOfMemoryError(f"{detail}. Lower the batch size or the resolution, or use --gradient-checkpointing.")
+        return OutOfMemoryError(
+            f"{detail}. Lower the batch size or the resolution; to train, try --gradient-checkpointing, to draw, "
+            "--vae-tiling."
+        )
     # By name, so that this file needs no torch.
     from_store = isinstance(error, RuntimeError) and any(text in str(error) for text in _PEER_TEXTS)
     if from_store or type(error).__name__ in _PEER_CLASSES:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -11,24 +13,43 @@ import torch
 from torch import Tensor
 
 from minisd.errors import NonFiniteError, UsageError
-from minisd.samplers import sample_loop
-from minisd.vae import latents_to_images
+from minisd.guidance import Conditioning, Guidance, guided_model
+from minisd.samplers import number_of_calls, sample_loop
+from minisd.vae import latents_to_images, scale_latents
+from minisd.vae_tiling import decode_tiled
 from minisd.weights import StableDiffusion
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingSettings:
-    """How to draw: everything but the prompt and the seed. Sizes in pixels."""
+    """How to draw: everything but the prompt and the seed. Sizes in pixels.
+
+    Attributes:
+        negative_prompt: None is not given, which is not the same as "" to an XL model.
+        guidance_rescale: share of arXiv:2305.08891, eq. 16, from 0 to 1.
+        guidance_interval: guide there only, shares of the way from pure noise (0) to the picture (1).
+        clip_skip: last layers of the text encoder that are left out.
+        strength: of image to image, above 0 and at most 1; 1 without a picture to begin with.
+    """
 
     height: int
     width: int
-    negative_prompt: str = ""
+    negative_prompt: str | None = None
     scheduler: str = "dpm++2m"
     num_inference_steps: int = 25
     guidance_scale: float = 7.5
+    guidance_rescale: float = 0.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
     karras: bool = False
     timestep_spacing: Literal["leading", "linspace", "trailing"] | None = None
     eta: float = 0.0
+    clip_skip: int = 0
+    strength: float = 1.0
+
+    @property
+    def network_calls(self) -> int:
+        """Calls of the network for one batch of pictures. Raises UsageError if the options go not together."""
+        return number_of_calls(self.scheduler, self.num_inference_steps, self.strength)
 
 
 def native_size(model: StableDiffusion) -> int:
@@ -37,30 +58,45 @@ def native_size(model: StableDiffusion) -> int:
     return (64 if sample_size is None else sample_size) * model.vae.pixels_per_latent
 
 
+def check_size(model: StableDiffusion, height: int, width: int) -> None:
+    """Raise UsageError unless pictures of this size are a whole number of latents."""
+    f = model.vae.pixels_per_latent
+    if height % f or width % f:
+        raise UsageError(f"--height {height} --width {width}: expected multiples of {f}.")
+
+
 @torch.no_grad()
-def denoise(model: StableDiffusion, prompt: str, seeds: Sequence[int], settings: SamplingSettings) -> Iterator[Tensor]:
-    """Draw pictures of one prompt; yields the latents after every step, so that the caller owns the progress bar.
+def denoise(
+    model: StableDiffusion,
+    prompt: str,
+    seeds: Sequence[int],
+    settings: SamplingSettings,
+    *,
+    init_image: Tensor | None = None,
+) -> Iterator[Tensor]:
+    """Draw pictures of one prompt; yields the latents after every network call: the caller owns the progress bar.
 
     Picture i starts from `torch.randn((1, 4, h, w), generator=torch.Generator().manual_seed(seeds[i]))`, float32 on the
     CPU, and whatever noise the sampler adds comes from the same generator: so a picture depends on its own seed only,
-    and any other tool can be compared with it.
+    and any other tool can be compared with it. From a picture, the noise of the VAE is drawn before that.
 
     Args:
         model: the loaded model, adapters and all.
-        prompt: what to draw.
+        prompt: what to draw; `(word:1.2)` is read as in prompts.parse_weights.
         seeds: one a picture, B of them.
         settings: how.
+        init_image: a picture to begin with instead of noise alone, [1, 3, height, width] float32 in [-1, 1].
 
     Yields:
         Latents [B, 4, height / f, width / f].
 
     Raises:
-        UsageError: a size that the VAE cannot decode, or an option that the sampler does not have.
+        UsageError: a size that the VAE cannot decode, a prompt that is too long, or an option that the sampler does not
+            have.
         NonFiniteError: the latents are NaN or infinite in the end.
     """
+    check_size(model, settings.height, settings.width)
     f = model.vae.pixels_per_latent
-    if settings.height % f or settings.width % f:
-        raise UsageError(f"--height {settings.height} --width {settings.width}: expected multiples of {f}.")
     parameter = next(model.unet.parameters())
     device, dtype = parameter.device, parameter.dtype
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -69,27 +105,21 @@ def denoise(model: StableDiffusion, prompt: str, seeds: Sequence[int], settings:
     def draw_noise() -> Tensor:
         return torch.cat([torch.randn(shape, generator=generator) for generator in generators]).to(device, dtype)
 
-    guided = settings.guidance_scale > 1
-    captions = [settings.negative_prompt, prompt] if guided else [prompt]
-    # [1 or 2, S, E] -> [(1 or 2) * B, S, E], all unconditional ones first
-    encoder_hidden_states = model.text_encoder(captions).to(device, dtype).repeat_interleave(len(seeds), dim=0)
-
-    def predict(sample: Tensor, timestep: Tensor) -> Tensor:
-        """Classifier-free guidance: away from the negative prompt, towards the prompt (arXiv:2207.12598, eq. 6)."""
-        sample = sample.repeat(2, 1, 1, 1) if guided else sample
-        model_pred = model.unet(sample, timestep.expand(len(sample)), encoder_hidden_states)
-        if not guided:
-            return model_pred
-        unconditional, conditional = model_pred.chunk(2)
-        return unconditional + settings.guidance_scale * (conditional - unconditional)
-
-    latents = start = draw_noise()
+    image_latents = None if init_image is None else _encoded(model, init_image, draw_noise())
+    predict = guided_model(
+        model.unet,
+        *_conditionings(model, prompt, len(seeds), settings),
+        Guidance(scale=settings.guidance_scale, rescale=settings.guidance_rescale, interval=settings.guidance_interval),
+        model.schedule.config.num_train_timesteps,
+    )
     for latents in sample_loop(
         settings.scheduler,
         predict,
-        start,
+        draw_noise(),
         model.schedule,
         settings.num_inference_steps,
+        image_latents=image_latents,
+        strength=settings.strength,
         spacing=settings.timestep_spacing,
         karras=settings.karras or None,
         eta=settings.eta,
@@ -97,23 +127,100 @@ def denoise(model: StableDiffusion, prompt: str, seeds: Sequence[int], settings:
     ):
         yield latents
     if not torch.isfinite(latents).all():
-        raise NonFiniteError(f"the latents of {prompt!r} are not finite. Try --precision float32 or a lower guidance.")
+        raise NonFiniteError(f"the latents of {prompt[:50]!r} are not finite. Try --precision float32, less guidance.")
 
 
-def decode(model: StableDiffusion, latents: Tensor) -> Tensor:
-    """Decode latents [B, 4, h, w] one by one, to save memory: [B, 3, H, W] float32 in [0, 1] on the CPU."""
-    return torch.cat([latents_to_images(model.vae, single).cpu() for single in latents.split(1)])
+def _encoded(model: StableDiffusion, init_image: Tensor, noise: Tensor) -> Tensor:
+    """Latents of a picture, drawn from the VAE's distribution with noise [B, 4, h, w]: of its shape and dtype."""
+    weight = model.vae.quant_conv.weight
+    posterior = model.vae.encode(init_image.to(weight.device, weight.dtype))
+    return scale_latents(model.vae, posterior, noise.to(weight.dtype)).to(noise.dtype)
 
 
-def parameters_text(settings: SamplingSettings, prompt: str, seed: int, model: str, lora_labels: Sequence[str]) -> str:
-    """How a picture was drawn, in the form that other tools read from a PNG's "parameters"."""
-    sampler = settings.scheduler + (" karras" if settings.karras else "")
-    lines = [prompt]
+def _conditionings(
+    model: StableDiffusion, prompt: str, batch_size: int, settings: SamplingSettings
+) -> tuple[Conditioning, Conditioning | None]:
+    """What the UNet is told of the prompt, and of the negative one where there is guidance; each `batch_size` times."""
+    parameter = next(model.unet.parameters())
+    # Below that the negative prompt is not read at all, as in diffusers.
+    captions = [prompt, settings.negative_prompt] if settings.guidance_scale > 1 else [prompt]
+    embeddings = model.text_encoder(captions, weighted=True, clip_skip=settings.clip_skip)
+    time_ids = None
+    if embeddings.pooled is not None:
+        # Of the picture as it was, its cut's top left corner, and the picture as it is: nothing was cut off.
+        size = (settings.height, settings.width)
+        time_ids = torch.tensor([[*size, 0, 0, *size]]).to(parameter).repeat(batch_size, 1)  # [B, 6]
+
+    def told(index: int) -> Conditioning:
+        one = slice(index, index + 1)
+        hidden_states = embeddings.hidden_states[one].to(parameter).repeat(batch_size, 1, 1)  # [B, S, E]
+        pooled = None if embeddings.pooled is None else embeddings.pooled[one].to(parameter).repeat(batch_size, 1)
+        return Conditioning(hidden_states, pooled, time_ids)
+
+    return told(0), told(1) if len(captions) > 1 else None
+
+
+@torch.no_grad()
+def decode(model: StableDiffusion, latents: Tensor, *, tiled: bool = False) -> Tensor:
+    """Decode latents [B, 4, h, w] one by one, to save memory: [B, 3, H, W] float32 in [0, 1] on the CPU.
+
+    Args:
+        model: its VAE may have another dtype than the latents.
+        latents: as `denoise` yields them.
+        tiled: decode what is larger than the model's own size in tiles of that size.
+    """
+    way = partial(decode_tiled, model.vae, tile_size=native_size(model)) if tiled else None
+    return torch.cat([latents_to_images(model.vae, single, way).cpu() for single in latents.split(1)])
+
+
+# Names of samplers in A1111, and whether it lets their noise levels be spaced in several ways.
+_A1111_SAMPLERS = {
+    "ddpm": ("DDPM", False),
+    "ddim": ("DDIM", False),
+    "pndm": ("PLMS", False),
+    "euler": ("Euler", True),
+    "euler-a": ("Euler a", True),
+    "heun": ("Heun", True),
+    "dpm++2m": ("DPM++ 2M", True),
+    "dpm++2m-sde": ("DPM++ 2M SDE", True),
+    "unipc": ("UniPC", False),
+    "lcm": ("LCM", False),
+}
+
+
+def parameters_text(settings: SamplingSettings, prompt: str, seed: int, model: str, details: Sequence[str] = ()) -> str:
+    """How a picture was drawn, in the form that A1111 writes into a PNG's "parameters", and reads back.
+
+    Line breaks in prompts become spaces, which mean the same to CLIP: a line of a prompt that begins with "Negative
+    prompt:" would be taken for one.
+
+    Args:
+        settings: how.
+        prompt: what was drawn.
+        seed: of the picture.
+        model: its name; of a path the last component is written.
+        details: more of it, "Name: value", in `quoted` where needed.
+    """
+    sampler, spaced = _A1111_SAMPLERS[settings.scheduler]
+    schedule = "Karras" if settings.karras else "Uniform" if spaced else None
+    fields = {
+        "Steps": settings.num_inference_steps,
+        "Sampler": sampler,
+        "Schedule type": schedule,
+        "CFG scale": f"{settings.guidance_scale:g}",
+        "Seed": seed,
+        "Size": f"{settings.width}x{settings.height}",
+        "Model": quoted(Path(model).stem if model.endswith(".safetensors") else Path(model).name),
+        "Denoising strength": f"{settings.strength:g}" if settings.strength < 1 else None,
+        "Clip skip": settings.clip_skip + 1 if settings.clip_skip else None,  # it counts the layer that is read
+    }
+    said = [f"{name}: {value}" for name, value in fields.items() if value is not None]
+    lines = [" ".join(prompt.split())]
     if settings.negative_prompt:
-        lines.append(f"Negative prompt: {settings.negative_prompt}")
-    details = [
-        f"Steps: {settings.num_inference_steps}, Sampler: {sampler}, CFG scale: {settings.guidance_scale:g}",
-        f"Seed: {seed}, Size: {settings.width}x{settings.height}, Model: {Path(model).name}",
-        *[f"Lora: {label}" for label in lora_labels],
-    ]
-    return "\n".join([*lines, ", ".join(details)])
+        lines.append(f"Negative prompt: {' '.join(settings.negative_prompt.split())}")
+    return "\n".join([*lines, ", ".join([*said, *details, "Version: minisd"])])
+
+
+def quoted(value: str) -> str:
+    """A value as it stands, or in quotation marks where A1111 would misread it."""
+    return json.dumps(value, ensure_ascii=False) if any(mark in value for mark in ',:\n"') else value

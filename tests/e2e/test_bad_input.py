@@ -10,11 +10,13 @@ from PIL import Image
 
 import sample
 import train
-from minisd.config import SampleConfig, TrainConfig
+from minisd import sample_setup
+from minisd.config import TrainConfig
 from minisd.errors import run_script
 from minisd.lora import TARGETS, inject_lora, lora_weights
-from minisd.lora_file import save_lora
 from minisd.lora_info import LoRAInfo
+from minisd.lora_writer import save_lora
+from minisd.sample_config import SampleConfig
 from minisd.weights import load_unet
 from tests.tiny import write_tiny_model
 
@@ -159,7 +161,7 @@ def test_a_lora_for_another_base_is_exit_code_4(tiny_folder, tmp_path, capsys):
             weights[name] = type(lora)(lora.down.new_ones(2, 768), lora.up, lora.alpha)
         lora.up.fill_(0.1)
     path = tmp_path / "other.safetensors"
-    save_lora(path, weights, LoRAInfo(rank=2, alpha=2.0, base_model="someone/else"))
+    save_lora(path, {"unet": weights}, LoRAInfo(rank=2, alpha=2.0, base_model="someone/else"))
     config = SampleConfig(prompt=("a",), model=str(tiny_folder), lora=(str(path),), output=tmp_path / "out")
     code, line = refusal(sample, config, capsys)
     assert code == 4
@@ -198,14 +200,14 @@ def test_a_folder_that_cannot_be_made_is_exit_code_6(tiny_folder, dataset, capsy
 
 
 def test_a_sampler_that_leaves_numbers_is_exit_code_7(tiny_folder, tmp_path, capsys, monkeypatch):
-    original = sample.load_model
+    original = sample_setup.load_model
 
     def load(*args, **options):
         model = original(*args, **options)
         model.unet.conv_out.weight.data.fill_(float("nan"))
         return model
 
-    monkeypatch.setattr(sample, "load_model", load)
+    monkeypatch.setattr(sample_setup, "load_model", load)
     config = SampleConfig(prompt=("a",), model=str(tiny_folder), lora=("none",), output=tmp_path / "out")
     monkeypatch.setattr(sample.tqdm, "__init__", _quiet(sample.tqdm.__init__))
     code, line = refusal(sample, config, capsys)

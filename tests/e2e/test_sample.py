@@ -1,5 +1,9 @@
 """sample.py as a whole: the same pictures as diffusers' pipeline, and what it does with its options."""
 
+import socket
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,17 +13,22 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
     StableDiffusionPipeline,
+    UniPCMultistepScheduler,
 )
 from PIL import Image
 
 import sample
-from minisd.config import SampleConfig
+from minisd import sample_setup
 from minisd.errors import UsageError, WeightsError
 from minisd.lora import TARGETS, inject_lora, lora_weights
-from minisd.lora_file import save_lora
 from minisd.lora_info import LoRAInfo
-from minisd.weights import load_unet
+from minisd.lora_writer import save_lora
+from minisd.sample_config import SampleConfig
+from minisd.weights import load_text_encoder, load_unet
 from tests.tiny import write_tiny_model
 
 PROMPT = "8bit illustration of the city, and a cat"
@@ -40,7 +49,7 @@ def write_lora(path, folder, seed=0, base_model="tiny"):
     for weights in lora_weights(unet).values():
         weights.up.copy_(0.1 * torch.randn(weights.up.shape, generator=generator))
     info = LoRAInfo(base_model=base_model, rank=4, alpha=8.0, targets=TARGETS["attn"])
-    save_lora(path, lora_weights(unet), info)
+    save_lora(path, {"unet": lora_weights(unet)}, info)
     return path
 
 
@@ -49,8 +58,8 @@ def draw(folder, output, **options):
         "prompt": (PROMPT,),
         "model": str(folder),
         "lora": ("none",),
-        "num_inference_steps": 8,
-        "num_images": 2,
+        "num_inference_steps": 5,
+        "num_images": 1,
         "seed": 3,
     }
     config = SampleConfig(output=output, **(defaults | options))
@@ -63,28 +72,27 @@ def draw_with_diffusers(folder, scheduler, size, lora=None, negative_prompt="", 
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **changes)
     if lora is not None:
         pipe.load_lora_weights(str(lora))
-    return [
-        np.asarray(
-            pipe(
-                PROMPT, height=size, width=size, num_inference_steps=8, guidance_scale=guidance_scale, eta=eta,
-                negative_prompt=negative_prompt, generator=torch.Generator().manual_seed(3 + index),
-            ).images[0]
-        ).astype(int)
-        for index in range(2)
-    ]  # fmt: skip
+    picture = pipe(
+        PROMPT, height=size, width=size, num_inference_steps=5, guidance_scale=guidance_scale, eta=eta,
+        negative_prompt=negative_prompt, generator=torch.Generator().manual_seed(3),
+    ).images[0]  # fmt: skip
+    return [np.asarray(picture).astype(int)]
 
 
 SCHEDULERS = {
     "ddpm": (DDPMScheduler, {}, {}),
     "ddim": (DDIMScheduler, {}, {}),
     "ddim eta": (DDIMScheduler, {"eta": 0.7}, {}),
-    "ddim trailing": (DDIMScheduler, {"timestep_spacing": "trailing"}, {"timestep_spacing": "trailing"}),
+    "pndm": (PNDMScheduler, {}, {}),
     "euler": (EulerDiscreteScheduler, {}, {}),
-    "euler karras": (EulerDiscreteScheduler, {"karras": True}, {"use_karras_sigmas": True}),
     "euler leading": (EulerDiscreteScheduler, {"timestep_spacing": "leading"}, {"timestep_spacing": "leading"}),
     "euler-a": (EulerAncestralDiscreteScheduler, {}, {}),
+    "heun": (HeunDiscreteScheduler, {}, {}),
     "dpm++2m": (DPMSolverMultistepScheduler, {}, {}),
     "dpm++2m karras": (DPMSolverMultistepScheduler, {"karras": True}, {"use_karras_sigmas": True}),
+    "dpm++2m-sde": (DPMSolverMultistepScheduler, {}, {"algorithm_type": "sde-dpmsolver++"}),
+    "unipc": (UniPCMultistepScheduler, {}, {}),
+    "lcm": (LCMScheduler, {}, {}),
 }
 
 
@@ -142,13 +150,15 @@ def test_strength_zero_is_the_base_and_two_loras_add_up(tiny_folder, tmp_path):
 
 def test_pictures_carry_their_recipe_and_no_paths(tiny_folder, tmp_path):
     lora = write_lora(tmp_path / "style.safetensors", tiny_folder)
-    draw(tiny_folder, tmp_path / "out", lora=(f"{lora}:0.5",), negative_prompt="blurred")
+    draw(tiny_folder, tmp_path / "out", lora=(f"{lora}:0.5",), negative_prompt="blurred", num_images=2)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["000.png", "001.png", "grid.png"]
-    text = Image.open(tmp_path / "out" / "001.png").text["parameters"]
-    assert text.splitlines()[:2] == [PROMPT, "Negative prompt: blurred"]
-    for part in ("Steps: 8", "Sampler: dpm++2m", "CFG scale: 7.5", "Seed: 4", "Size: 64x64", "Lora: style:0.5 ("):
-        assert part in text
-    assert str(tmp_path) not in text
+    texts = Image.open(tmp_path / "out" / "001.png").text
+    assert texts["parameters"].splitlines()[:2] == [f"{PROMPT} <lora:style:0.5>", "Negative prompt: blurred"]
+    for part in ("Steps: 5, Sampler: DPM++ 2M, Schedule type: Uniform, CFG scale: 7.5, Seed: 4, Size: 64x64, ",
+                 f"Model: {tiny_folder.name}, Lora hashes: \"style: "):  # fmt: skip
+        assert part in texts["parameters"]
+    private = [str(tmp_path), str(tiny_folder.parent), str(Path.home()), f"{socket.gethostname():?>8}"]
+    assert not [word for word in private for text in texts.values() if word in text]
     grid = Image.open(tmp_path / "out" / "grid.png")
     assert grid.size == (128, 64)
     assert grid.crop((64, 0, 128, 64)).tobytes() == Image.open(tmp_path / "out" / "001.png").convert("RGB").tobytes()
@@ -160,9 +170,11 @@ def test_the_trained_lora_and_its_base_are_picked_up(tiny_folder, tmp_path, monk
     (tmp_path / "output").mkdir()
     write_lora(tmp_path / "output" / "lora.safetensors", tiny_folder, base_model="someone/tiny")
     asked = []
-    original = sample.load_model
+    original = sample_setup.load_model
     monkeypatch.setattr(
-        sample, "load_model", lambda name, **options: (asked.append(name), original(str(tiny_folder), **options))[1]
+        sample_setup,
+        "load_model",
+        lambda name, **options: (asked.append(name), original(str(tiny_folder), **options))[1],
     )
     with caplog.at_level("INFO"):
         picked = draw(tiny_folder, tmp_path / "picked", model=None, lora=())
@@ -174,10 +186,13 @@ def test_the_trained_lora_and_its_base_are_picked_up(tiny_folder, tmp_path, monk
 
 
 def test_prompts_from_a_file(tiny_folder, tmp_path):
-    (tmp_path / "prompts.txt").write_text("the cat\n\n  the city \n")
-    pictures = draw(tiny_folder, tmp_path / "out", prompt=(), prompts_file=tmp_path / "prompts.txt", num_images=1)
-    assert len(pictures) == 2
-    assert Image.open(tmp_path / "out" / "001.png").text["parameters"].startswith("the city\n")
+    (tmp_path / "prompts.txt").write_text("the cat\n# no\n  the city --n red --w 96 --h 32 --d 8 --l 2 --s 2\n")
+    pictures = draw(tiny_folder, tmp_path / "a", prompt=(), prompts_file=tmp_path / "prompts.txt")
+    assert [picture.shape for picture in pictures] == [(64, 64, 3), (32, 96, 3)]
+    options = {"negative_prompt": "red", "width": 96, "height": 32, "seed": 8, "guidance_scale": 2.0}
+    (alone,) = draw(tiny_folder, tmp_path / "b", prompt=("the city",), num_inference_steps=2, **options)
+    assert (pictures[1] == alone).all()
+    assert Image.open(tmp_path / "a" / "grid.png").size == (96, 128)  # each in a cell as large as the largest
 
 
 def test_nothing_is_overwritten_unasked(tiny_folder, tmp_path):
@@ -205,3 +220,61 @@ def test_refusals(tiny_folder, tmp_path, options, error, words):
     with pytest.raises(error, match=words):
         draw(tiny_folder, tmp_path / "out", **options)
     assert not list((tmp_path / "out").glob("*.png"))
+
+
+def test_compiled_networks_draw_the_same(tiny_folder, tmp_path, monkeypatch):
+    """Each network in one graph. Generating its kernels, minutes on a CPU, is for tests/e2e/test_gpu.py."""
+    graphs = []
+
+    def backend(module, inputs):
+        graphs.append(module)
+        return aot_eager(module, inputs)
+
+    original, aot_eager = torch.compile, torch._dynamo.lookup_backend("aot_eager")
+    monkeypatch.setattr(
+        torch, "compile", lambda call, **options: original(call, backend=backend, fullgraph=True, **options)
+    )
+    lora = write_lora(tmp_path / "style.safetensors", tiny_folder)
+    options = {"lora": (f"{lora}:0.5",), "num_inference_steps": 3, "num_images": 2}
+    plain = draw(tiny_folder, tmp_path / "a", **options)
+    assert graphs == []
+    fused = draw(tiny_folder, tmp_path / "b", **options, compile=True)
+    assert len(graphs) == 2  # the UNet and the decoder, for all steps and pictures
+    assert all(abs(a - b).max() <= 1 for a, b in zip(plain, fused, strict=True))
+
+
+def test_a_lora_of_the_text_encoder_and_its_words_are_used(tiny_folder, tmp_path, monkeypatch):
+    network = load_text_encoder(tiny_folder).networks()["text_encoder"]
+    inject_lora(network, ("q_proj", "v_proj"), rank=2, alpha=2.0, seed=1)
+    for weights in lora_weights(network).values():
+        weights.up.copy_(torch.randn(weights.up.shape, generator=torch.Generator().manual_seed(1)))
+    info = LoRAInfo(base_model="tiny", rank=2, alpha=2.0)
+    save_lora(tmp_path / "text.safetensors", {"text_encoder": lora_weights(network)}, info)
+    base = draw(tiny_folder, tmp_path / "0")
+    off = draw(tiny_folder, tmp_path / "1", lora=(f"{tmp_path / 'text.safetensors'}:0",))
+    used = draw(tiny_folder, tmp_path / "2", lora=(str(tmp_path / "text.safetensors"),))
+    assert (base[0] == off[0]).all()
+    assert abs(base[0] - used[0]).max() > 2
+
+    original = sample_setup.load_lora
+
+    def with_word(*arguments, **options):
+        vectors = torch.randn(2, 32, generator=torch.Generator().manual_seed(2))
+        return replace(original(*arguments, **options), embeddings={"<s1>": vectors})
+
+    plain = draw(tiny_folder, tmp_path / "3", prompt=("cat <s1>",))
+    monkeypatch.setattr(sample_setup, "load_lora", with_word)
+    taught = draw(tiny_folder, tmp_path / "4", prompt=("cat <s1>",), lora=(f"{tmp_path / 'text.safetensors'}:0",))
+    assert abs(plain[0] - taught[0]).max() > 2
+
+
+def test_options_of_the_way_reach_the_picture(tiny_folder, tmp_path):
+    """Those that no other test compares with diffusers."""
+    size = {"height": 96, "width": 64, "num_inference_steps": 3}
+    plain = draw(tiny_folder, tmp_path / "plain", **size)[0]
+    for name, value in {
+        "guidance_interval": (0.0, 0.5),
+        "vae_tiling": True,
+        "prompt": (PROMPT.replace("cat", "(cat:1.5)"),),
+    }.items():
+        assert (draw(tiny_folder, tmp_path / name, **(size | {name: value}))[0] != plain).any()

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from minisd.command_line import as_json, parse_args
-from minisd.config import SampleConfig, TrainConfig
+from minisd.config import TrainConfig
+from minisd.sample_config import SampleConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,6 +31,17 @@ def test_repeated_options():
     config = parse_args(SampleConfig, ["--prompt", "a", "--prompt", "b", "--lora", "x:1", "--lora", "y"])
     assert config.prompt == ("a", "b")
     assert config.lora == ("x:1", "y")
+
+
+def test_two_numbers_and_none(write, capsys):
+    config = parse_args(SampleConfig, ["--prompt", "a", "--guidance-interval", "0.2", "0.8"])
+    assert (config.guidance_interval, config.negative_prompt) == ((0.2, 0.8), None)
+    assert parse_args(SampleConfig, ["--prompt", "a", "--negative-prompt", ""]).negative_prompt == ""
+    config = parse_args(SampleConfig, ["--prompt", "a", "--config", write("guidance-interval = [0, 0.5]", "a.toml")])
+    assert config.guidance_interval == (0.0, 0.5)
+    for wrong in ("[0.5]", "[0, 0.5, 1]", "0.5", "['a', 1]"):
+        words = ["--prompt", "a", "--config", write(f"guidance-interval = {wrong}", "a.toml")]
+        assert "a list of 2, each a number" in refusal(words, capsys, SampleConfig)
 
 
 def refusal(words, capsys, config_class=TrainConfig):

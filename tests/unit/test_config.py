@@ -2,8 +2,9 @@
 
 import pytest
 
-from minisd.config import SampleConfig, TrainConfig
+from minisd.config import TrainConfig
 from minisd.errors import UsageError
+from minisd.sample_config import SampleConfig
 
 
 def test_defaults_follow_from_each_other():

@@ -15,7 +15,16 @@ from torchvision.transforms import v2
 
 from minisd.buckets import Geometry, square_geometry
 from minisd.errors import DataError, DiskError, NonFiniteError, UsageError
-from minisd.images import INTERPOLATION, MAX_PIXELS, image_grid, load_image, save_png, to_pil, to_pixel_values
+from minisd.images import (
+    INTERPOLATION,
+    MAX_PIXELS,
+    image_grid,
+    load_image,
+    load_init_image,
+    save_png,
+    to_pil,
+    to_pixel_values,
+)
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -371,6 +380,32 @@ def test_a_picture_survives_the_way_in_and_out() -> None:
 def test_grid_goes_row_by_row() -> None:
     grid = np.asarray(image_grid([Image.new("RGB", (2, 1), colour) for colour in (RED, GREEN, BLUE)], columns=2))
     assert grid.tolist() == [[list(c) for c in (RED, RED, GREEN, GREEN)], [list(c) for c in (BLUE, BLUE, WHITE, WHITE)]]
+
+
+def test_pictures_of_several_sizes_share_a_grid() -> None:
+    grid = image_grid([Image.new("RGB", size, "red") for size in ((3, 1), (1, 2), (2, 2))], columns=2)
+    assert grid.size == (6, 4)
+    reds = (np.asarray(grid)[..., 1] == 0).astype(int)
+    assert reds.tolist() == [[1, 1, 1, 1, 0, 0], [0, 0, 0, 1, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0]]
+
+
+# --- a picture to begin with ---
+
+
+@pytest.mark.parametrize(
+    ("size", "resized", "cut"),
+    [((90, 60), (96, 64), (16, 0, 80, 64)), ((60, 90), (32, 48), (0, 8, 32, 40)), ((33, 16), (33, 16), (1, 0, 32, 16))],
+)
+def test_a_picture_to_begin_with_covers_the_size_and_is_cut_to_its_middle(
+    tmp_path: Path, size: tuple[int, int], resized: tuple[int, int], cut: tuple[int, int, int, int]
+) -> None:
+    image = _noise(*size)
+    image.save(tmp_path / "a.png")
+    (tmp_path / "link.png").symlink_to("a.png")
+    pixels = load_init_image(tmp_path / "link.png", cut[3] - cut[1], cut[2] - cut[0])
+    assert (pixels.dtype, len(pixels)) == (torch.float32, 1)
+    expected = np.asarray(image.resize(resized, Image.Resampling.LANCZOS).crop(cut))
+    assert np.array_equal(np.asarray(to_pil((pixels + 1) / 2)[0]), expected)
 
 
 # --- writing ---
