@@ -2,8 +2,8 @@
 
 A cache is a folder of shards, safetensors files that are written whole and never changed, each with many tensors and
 their SHA-256. One file a tensor would do for a hundred pictures; a million pictures are about four thousand shards of
-64 MiB (at 512 pixels in half precision). Only the shards' headers are held in memory, some 300 bytes a tensor; tensors
-are read through a memory map, so the operating system decides how much of them stays in memory.
+64 MiB (at 512 pixels in half precision). Only the shards' headers are held in memory, some 300 bytes a tensor; the
+operating system decides how much of the rest stays there.
 
 A key must name everything the tensor depends on. Then nothing in a cache is ever out of date, several runs may share
 one, and any shard may be deleted at any time but during a run.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ class TensorCache:
         """
         path, expected = self._places[key]
         try:
-            tensor: Tensor = _open(path).get_tensor(key).clone()  # out of the map, before the file can change
+            tensor: Tensor = _open(path).get_tensor(key)
         except (OSError, safetensors.SafetensorError) as error:
             raise DiskError(f"{path}: {error}. Start again: what is missing is made anew.") from error
         if _sha256(tensor) != expected:
@@ -116,7 +116,7 @@ def _sha256(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
-@cache
+@lru_cache(maxsize=32)  # files that are open; opening one again costs a millisecond
 def _open(path: Path) -> Any:
-    """The memory map of a shard: opened at its first use, and in a forked worker shared with its parent."""
-    return safetensors.safe_open(path, framework="pt").__enter__()  # type: ignore[no-untyped-call]
+    """Open a shard for reading. "pread" copies: a mapped file that is cut short would kill the process."""
+    return safetensors.safe_open(path, framework="pt", backend="pread").__enter__()  # type: ignore[no-untyped-call]

@@ -24,9 +24,23 @@ from minisd.checkpoint import newest_checkpoint, prune_checkpoints, save_checkpo
 from minisd.errors import MinisdError
 
 _POWER = {
-    "": {"kills": 500, "naive_kills": 1000, "keep": (2, 3), "changes": 500, "power_cuts": 1000},
-    "nightly": {"kills": 20_000, "naive_kills": 1000, "keep": (2, 3, 4), "changes": 50_000, "power_cuts": 20_000},
-    "release": {"kills": 100_000, "naive_kills": 1000, "keep": (2, 3, 4), "changes": 50_000, "power_cuts": 100_000},
+    "": {"kills": 500, "naive_kills": 1000, "keep": (2, 3), "changes": 500, "power_cuts": 1000, "mutants": 200_000},
+    "nightly": {
+        "kills": 20_000,
+        "naive_kills": 1000,
+        "keep": (2, 3, 4),
+        "changes": 50_000,
+        "power_cuts": 20_000,
+        "mutants": 20_000_000,
+    },
+    "release": {
+        "kills": 100_000,
+        "naive_kills": 1000,
+        "keep": (2, 3, 4),
+        "changes": 50_000,
+        "power_cuts": 100_000,
+        "mutants": 20_000_000,
+    },
 }
 SOAK = os.environ.get("MINISD_SOAK", "")
 POWER = _POWER[SOAK]  # how much is tried: with each change, or at night

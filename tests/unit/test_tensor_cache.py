@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import multiprocessing
+import os
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -316,8 +317,23 @@ def test_two_writers_whose_devices_round_differently_read_each_their_own(tmp_pat
 # --- size ---
 
 
+def test_a_shard_that_is_cut_short_while_it_is_open_is_an_error_and_no_signal(tmp_path: Path) -> None:
+    tensors = _tensors(20)
+    cache = _filled(tmp_path, tensors)
+    assert all(_same(cache[key], tensor) for key, tensor in tensors.items())
+    (shard,) = _shards(tmp_path)
+    os.truncate(shard, shard.stat().st_size // 2)
+    refused = 0
+    for key, tensor in tensors.items():
+        try:
+            assert _same(cache[key], tensor)
+        except DiskError:
+            refused += 1
+    assert 5 < refused < 15
+
+
 @pytest.mark.usefixtures("small_shards")
-def test_reading_holds_maps_and_no_tensors_or_files(tmp_path: Path) -> None:
+def test_reading_holds_no_tensors_and_few_files(tmp_path: Path) -> None:
     tensors = _tensors(300)
     _filled(tmp_path, tensors)
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
