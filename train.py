@@ -50,7 +50,7 @@ from minisd.errors import Stopped, run_script
 from minisd.guards import check_loss_scale, naming_sizes, refuse_non_finite
 from minisd.latent_cache import encode_moments
 from minisd.lora import lora_parameters, lora_weights
-from minisd.lora_file import lora_bytes
+from minisd.lora_writer import lora_bytes
 from minisd.preflight import preflight
 from minisd.run import Run, batches_from, prepare
 from minisd.run_lock import output_lock
@@ -192,7 +192,7 @@ def loss_of(config: TrainConfig, run: Run, batch: Batch) -> Tensor:
         latents,
         batch.noise,
         batch.timesteps,
-        batch.encoder_hidden_states,
+        batch.conditioning(run.precision.dtype),
         dtype=run.precision.dtype,
         snr_gamma=config.snr_gamma,
     )
@@ -221,7 +221,8 @@ def finish(config: TrainConfig, dist: Distributed, run: Run) -> Path:
     """Write OUTPUT/lora.safetensors, on the main rank."""
     path = config.output / "lora.safetensors"
     if dist.is_main:
-        write_if_new(path, lora_bytes(lora_weights(run.state.unet), run.state.info))
+        weights = {"unet": lora_weights(run.state.unet)}
+        write_if_new(path, lora_bytes(weights, run.state.info, lora_format=config.lora_format))
         log.info("complete: %s", path)
     wait_for_all(dist)
     return path

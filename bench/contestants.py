@@ -83,6 +83,8 @@ class Minisd:
             noise=draws.noise(0, position, self.shape).unsqueeze(0),
             posterior_noise=draws.posterior_noise(0, position, self.shape).unsqueeze(0),
             encoder_hidden_states=self.embedding,
+            text_embeds=None,
+            time_ids=None,
             moments=self.moments,
             pixel_values=None,
         )
@@ -96,7 +98,7 @@ class Minisd:
             latents,
             batch.noise,
             batch.timesteps,
-            batch.encoder_hidden_states,
+            batch.conditioning(self.precision.dtype),
             dtype=self.precision.dtype,
         )
 

@@ -3,7 +3,7 @@
 All that is random about a sample, and all that is read for it, happens here, off the device's critical path: in worker
 processes if there are any, else while the device works on the micro-batch before.
 
-Shape letters: B samples, H W pixels, h w latents, S tokens, E prompt width.
+Shape letters: B samples, H W pixels, h w latents, S tokens, E prompt width, P width of the pooled prompt.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch.utils.data import Dataset
 
 from minisd import draws
 from minisd.buckets import Geometry
-from minisd.data import Example
-from minisd.latent_cache import View, caption_key
+from minisd.data import Example, Survey
+from minisd.latent_cache import View, caption_key, pooled_key
 from minisd.plan import MicroBatches, TrainingPlan
 from minisd.read_ahead import read_ahead
 from minisd.tensor_cache import TensorCache
@@ -37,6 +37,8 @@ class Batch:
         noise: diffusion noise [B, 4, h, w] float32, noise offset included.
         posterior_noise: what the VAE's posterior is sampled with [B, 4, h, w] float32.
         encoder_hidden_states: embeddings of the captions [B, S, E].
+        text_embeds: of an XL model: pooled embeddings of the captions [B, P].
+        time_ids: of an XL model: sizes and crops [B, 6] float32, as its UNet takes them.
         moments: mean and log-variance of the VAE's posterior [B, 2, 4, h, w].
         pixel_values: the pictures [B, 3, H, W] float32 in [-1, 1].
     """
@@ -47,8 +49,15 @@ class Batch:
     noise: Tensor
     posterior_noise: Tensor
     encoder_hidden_states: Tensor
+    text_embeds: Tensor | None
+    time_ids: Tensor | None
     moments: Tensor | None
     pixel_values: Tensor | None
+
+    def conditioning(self, dtype: torch.dtype) -> list[Tensor]:
+        """What the UNet reads beside latents and timesteps, in the order of its arguments."""
+        texts = [tensor.to(dtype) for tensor in (self.encoder_hidden_states, self.text_embeds) if tensor is not None]
+        return texts if self.time_ids is None else [*texts, self.time_ids]
 
     def to(self, device: torch.device) -> Batch:
         """Copy to a device; from pinned memory without waiting."""
@@ -69,18 +78,18 @@ class TrainingSamples(Dataset[Batch]):
 
     Args:
         examples: the pictures and captions, trigger word included.
-        sha256: of the pictures.
+        surveys: what is known of the pictures.
         geometries: of the pictures.
         plan: which picture a position shows.
         cache: of captions, and of latents.
         text_weights: the text encoder's identity in the cache.
         vae_weights: the VAE's; None to read pixels instead of moments.
         center_crop, random_flip, caption_dropout, noise_offset, seed: options of the run.
-        latent_channels, pixels_per_latent, num_train_timesteps: of the model.
+        latent_channels, pixels_per_latent, num_train_timesteps, is_xl: of the model.
     """
 
     examples: Sequence[Example]
-    sha256: Sequence[str]
+    surveys: Sequence[Survey]
     geometries: Sequence[Geometry]
     plan: TrainingPlan
     cache: TensorCache
@@ -95,16 +104,17 @@ class TrainingSamples(Dataset[Batch]):
     latent_channels: int
     pixels_per_latent: int
     num_train_timesteps: int
+    is_xl: bool
 
     def path_of(self, position: int) -> Path:
         """The picture that a position of the run shows."""
         return self.examples[self.plan.index(position)].path
 
-    def caption_of(self, position: int) -> str:
-        """The caption that a position of the run is trained with; "" where it is left out."""
+    def caption_of(self, position: int) -> str | None:
+        """The caption that a position of the run is trained with; None where it is left out."""
         captions = self.examples[self.plan.index(position)].captions
         if draws.caption_dropout(self.seed, position) < self.caption_dropout:
-            return ""
+            return None
         return captions[draws.caption_choice(self.seed, position, len(captions)) if len(captions) > 1 else 0]
 
     def views(self) -> list[View]:
@@ -113,16 +123,30 @@ class TrainingSamples(Dataset[Batch]):
         return [self._view(index, flip) for index in range(len(self.examples)) for flip in flips]
 
     def _view(self, index: int, flip: bool) -> View:
-        return View(self.examples[index].path, self.sha256[index], self.geometries[index], flip)
+        return View(self.examples[index].path, self.surveys[index].sha256, self.geometries[index], flip)
+
+    def _time_ids(self, index: int, crop: tuple[float, float] | None, *, flip: bool) -> Tensor:
+        """What XL is told of a picture: its size, the corner of the cut and its size (arXiv:2307.01952, 2.2).
+
+        Returns:
+            [1, 6] float32.
+        """
+        geometry = self.geometries[index]
+        top, left = geometry.corner(crop)
+        if flip:  # as if the picture had been mirrored before it was cropped
+            left = geometry.resized[1] - geometry.size[1] - left
+        return torch.tensor([[*self.surveys[index].size, top, left, *geometry.size]], dtype=torch.float32)
 
     def __getitem__(self, position: int) -> Batch:
         index, seed = self.plan.index(position), self.seed
         view = self._view(index, self.random_flip and draws.flip(seed, position))
+        crop = None if self.center_crop else draws.crop(seed, position)
         moments = pixel_values = None
         if self.vae_weights is not None:
             moments = self.cache[view.key(self.vae_weights)].unsqueeze(0)
         else:
-            pixel_values = view.pixel_values(None if self.center_crop else draws.crop(seed, position)).unsqueeze(0)
+            pixel_values = view.pixel_values(crop).unsqueeze(0)
+        caption = self.caption_of(position)
         height, width = view.geometry.size
         shape = (self.latent_channels, height // self.pixels_per_latent, width // self.pixels_per_latent)
         noise = draws.noise(seed, position, shape)
@@ -134,7 +158,9 @@ class TrainingSamples(Dataset[Batch]):
             timesteps=torch.tensor([draws.timestep(seed, position, self.num_train_timesteps)]),
             noise=noise.unsqueeze(0),
             posterior_noise=draws.posterior_noise(seed, position, shape).unsqueeze(0),
-            encoder_hidden_states=self.cache[caption_key(self.caption_of(position), self.text_weights)].unsqueeze(0),
+            encoder_hidden_states=self.cache[caption_key(caption, self.text_weights)].unsqueeze(0),
+            text_embeds=self.cache[pooled_key(caption, self.text_weights)].unsqueeze(0) if self.is_xl else None,
+            time_ids=self._time_ids(index, crop, flip=view.flip) if self.is_xl else None,
             moments=moments,
             pixel_values=pixel_values,
         )

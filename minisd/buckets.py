@@ -25,6 +25,19 @@ class Geometry:
     resized: Size
     size: Size
 
+    def corner(self, crop: tuple[float, float] | None) -> tuple[int, int]:
+        """Top and left of the part that is cut out, in pixels of the resized picture.
+
+        Args:
+            crop: how far down and right it lies, fractions in [0, 1) of the room there is; None: in the middle, rounded
+                as torchvision's center_crop does.
+        """
+        rooms = [resized - size for resized, size in zip(self.resized, self.size, strict=True)]
+        if crop is None:
+            return round(rooms[0] / 2), round(rooms[1] / 2)
+        # + 1: a side of R fits in one of length N at N - R + 1 places, both borders among them.
+        return int(crop[0] * (rooms[0] + 1)), int(crop[1] * (rooms[1] + 1))
+
     @property
     def cropped_share(self) -> float:
         """The share of the picture that is cut away, from 0 up to 1."""

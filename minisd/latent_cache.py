@@ -4,7 +4,8 @@ Of a picture the VAE's mean and log-variance are kept, not one sample of them: e
 latents are drawn from them. Everything is computed one picture and one caption at a time, so that it does not depend on
 what else was in a batch, and is the same to the bit when it is computed on the fly.
 
-Shape letters: H W the picture's sides in pixels, h w those of its latents, S tokens, E prompt width.
+Shape letters: H W the picture's sides in pixels, h w those of its latents, S tokens, E prompt width, P width of the
+pooled prompt.
 """
 
 from __future__ import annotations
@@ -59,9 +60,19 @@ class View:
         return _digest(f"latents/1/{weights}/{self.sha256}/{self.geometry.resized}/{self.geometry.size}/{self.flip}")
 
 
-def caption_key(caption: str, weights: str) -> str:
-    """What a caption's embedding is kept under; `weights` identifies the text encoder, dtype and kind of device."""
-    return _digest(f"text/1/{weights}/{caption}")
+def caption_key(caption: str | None, weights: str) -> str:
+    """What a caption's hidden states are kept under.
+
+    Args:
+        caption: None is one that is left out.
+        weights: what identifies the text encoder, its dtype, its kind of device, and the number of chunks.
+    """
+    return _digest(f"text/2/{weights}/{caption!r}")
+
+
+def pooled_key(caption: str | None, weights: str) -> str:
+    """What a caption's pooled state is kept under, of an XL model."""
+    return _digest(f"pooled/2/{weights}/{caption!r}")
 
 
 def identity(weights_id: str, dtype: torch.dtype, device: torch.device) -> str:
@@ -131,27 +142,45 @@ def cache_latents(
 
 
 def cache_captions(
-    cache: TensorCache, captions: Sequence[str], text_encoder: TextEncoder, weights: str, dist: Distributed
+    cache: TensorCache,
+    captions: Sequence[str],
+    text_encoder: TextEncoder,
+    weights: str,
+    dist: Distributed,
+    *,
+    chunks: int,
 ) -> None:
-    """Compute the embeddings [S, E] of the captions that are not in the cache yet, every process a share of them.
+    """Compute the embeddings of the captions that are not in the cache yet, every process a share of them.
 
-    The empty caption is always among them, so that leaving a caption out is looking up another one.
+    Each is kept as hidden states [S, E] and, of an XL model, a pooled state [P]. The caption that is left out is always
+    among them.
+
+    Args:
+        cache: shared by all processes.
+        captions: the same on every process.
+        text_encoder: on its device.
+        weights: see `caption_key`.
+        dist: this process among the others.
+        chunks: to which every caption is padded or cut, so that any two fit into one batch.
 
     Raises:
         NonFiniteError: an embedding is not finite; names the caption.
         DiskError: the cache cannot be written.
     """
-    missing = [caption for caption in dict.fromkeys(["", *captions]) if caption_key(caption, weights) not in cache]
+    wanted: dict[str | None, None] = dict.fromkeys([None, *captions])
+    missing = [caption for caption in wanted if caption_key(caption, weights) not in cache]
     share = missing[dist.rank :: dist.world_size]
     wait_for_all(dist)
     try:
         for caption in tqdm(share, desc="encode captions", unit="caption", disable=not (dist.is_main and missing)):
-            embedding = text_encoder([caption])[0]
-            if not torch.isfinite(embedding).all():
+            embeddings = text_encoder([caption], chunks=chunks)
+            if not torch.isfinite(embeddings.hidden_states).all():
                 raise NonFiniteError(
-                    f"the embedding of {caption[:80]!r} is not finite. Use --mixed-precision bf16 or no."
+                    f"the embedding of {(caption or '')[:80]!r} is not finite. Use --mixed-precision bf16 or no."
                 )
-            cache.add(caption_key(caption, weights), embedding)
+            if embeddings.pooled is not None:
+                cache.add(pooled_key(caption, weights), embeddings.pooled[0])
+            cache.add(caption_key(caption, weights), embeddings.hidden_states[0])  # last: it says that both are there
     finally:
         cache.flush()
     wait_for_all(dist)

@@ -19,14 +19,11 @@ from minisd.data import read_dataset, with_trigger
 from minisd.distributed import Distributed, wait_for_all
 from minisd.errors import CheckpointError
 from minisd.images import to_pil
-from minisd.lora import add_lora
-from minisd.lora_file import load_lora
+from minisd.lora_reader import add_lora_to, load_lora
 from minisd.run import steps_of_run
-from minisd.run_setup import training_model
+from minisd.run_setup import base_model
 from minisd.sampling import decode, denoise
-from minisd.training import Precision
 from minisd.validation import validation_settings
-from minisd.weights import load_model
 
 log = logging.getLogger(__name__)
 
@@ -76,11 +73,9 @@ def preflight(config: TrainConfig, dist: Distributed, train: Callable[[TrainConf
 
 def _compare_reloaded(trial: TrainConfig, dist: Distributed, path: Path) -> None:
     """Draw the last validation picture again, with the model and the LoRA read from their files."""
-    dtype = Precision(trial.mixed_precision, dist.device.type).dtype
-    model = load_model(trial.model, revision=trial.revision, variant=trial.variant, dtype=dtype, device=dist.device)
-    model = training_model(trial, model)
-    weights, _ = load_lora(path, model.unet)
-    add_lora(model.unet, weights, name="default")
+    model = base_model(trial, dist.device)
+    networks = {"unet": model.unet}
+    add_lora_to(networks, load_lora(path, networks), name="default")
     model.unet.eval()
     settings = validation_settings(trial, model)
     prompt = with_trigger(trial.validation_prompts[0], trial.trigger)

@@ -21,12 +21,12 @@ from minisd.latent_cache import cache_captions, cache_latents, identity
 from minisd.lora import lora_parameters
 from minisd.optimizer import make_optimizer
 from minisd.plan import MicroBatches, TrainingPlan, describe, picture_table
-from minisd.run_setup import add_adapter, geometries_of, lora_info, read_data, resolution_of, training_model
+from minisd.run_setup import add_adapter, base_model, geometries_of, lora_info, read_data, resolution_of
 from minisd.run_state import Progress, TrainingState, describe_run, start_or_resume, write_if_new
 from minisd.tensor_cache import TensorCache
 from minisd.text import TextEncoder
 from minisd.training import Precision, recompute_activations
-from minisd.weights import StableDiffusion, load_model, weights_id
+from minisd.weights import StableDiffusion, weights_id
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Run:
     """
 
     model: StableDiffusion
-    predict: Callable[[Tensor, Tensor, Tensor], Tensor]
+    predict: Callable[..., Tensor]
     schedule: NoiseSchedule
     precision: Precision
     samples: TrainingSamples
@@ -70,13 +70,11 @@ def prepare(config: TrainConfig, dist: Distributed, stop: StopRequest) -> Run:
     images_per_step = dist.world_size * accumulation_steps * config.train_batch_size
 
     # --- model, adapter, optimizer ---
-    source = {"revision": config.revision, "variant": config.variant}
     if dist.is_main:
-        resolve_model(config.model, **source)  # downloads once, for all
+        resolve_model(config.model, revision=config.revision, variant=config.variant)  # downloads once, for all
     wait_for_all(dist)
     precision = Precision(config.mixed_precision, dist.device.type)
-    model = load_model(config.model, **source, dtype=precision.dtype, device=dist.device)
-    model = training_model(config, model)
+    model = base_model(config, dist.device)
     unet, schedule = model.unet.train(), model.schedule.to(dist.device)
     adapted = add_adapter(config, unet)
     if config.gradient_checkpointing:
@@ -110,9 +108,7 @@ def prepare(config: TrainConfig, dist: Distributed, stop: StopRequest) -> Run:
     ratio = config.scale_alpha / config.rank
     log.info("rank %d, alpha / rank %g, in %d layers; %s", config.rank, ratio, len(adapted), stands)
 
-    samples = samples_of(
-        config, dist, model, examples, surveys, geometries, plan, weights, dtype=precision.dtype, check_stop=stop.check
-    )
+    samples = samples_of(config, dist, model, examples, surveys, geometries, plan, weights, check_stop=stop.check)
     predict = torch.compile(unet) if config.compile else unet
     return Run(
         model, predict, schedule, precision, samples, accumulation_steps, images_per_step, max_train_steps, state
@@ -129,7 +125,7 @@ def steps_of_run(config: TrainConfig, steps_per_epoch: int) -> int:
 def model_identities(config: TrainConfig, dist: Distributed, model: StableDiffusion) -> dict[str, str]:
     """Network -> weights_id of it. The main process hashes the files, for all."""
     names = ("unet", "vae", "text_encoder")
-    own = [weights_id(model.folder, name, variant=config.variant) for name in names] if dist.is_main else []
+    own = [weights_id(model.source, name, variant=config.variant) for name in names] if dist.is_main else []
     return dict(zip(names, gather(dist, own)[0], strict=True))
 
 
@@ -143,15 +139,17 @@ def samples_of(
     plan: TrainingPlan,
     weights: Mapping[str, str],
     *,
-    dtype: torch.dtype,
     check_stop: Callable[[], None],
 ) -> TrainingSamples:
     """The samples of the run, what they read cached. The text encoder leaves the device, and the VAE if it can."""
     cache = TensorCache(config.cache_folder)
-    text_weights, vae_weights = (identity(weights[name], dtype, dist.device) for name in ("text_encoder", "vae"))
+    captions = [caption for example in examples for caption in example.captions]
+    chunks = chunks_of(config, captions, model.text_encoder)
+    text_weights = f"{identity(weights['text_encoder'], model.text_encoder.dtype, dist.device)}/{chunks}"
+    vae_weights = identity(weights["vae"], model.vae.quant_conv.weight.dtype, dist.device)
     samples = TrainingSamples(
         examples,
-        [found.sha256 for found in surveys],
+        surveys,
         geometries,
         plan,
         cache,
@@ -165,10 +163,9 @@ def samples_of(
         latent_channels=model.vae.config.latent_channels,
         pixels_per_latent=model.vae.pixels_per_latent,
         num_train_timesteps=model.schedule.config.num_train_timesteps,
+        is_xl=model.unet.config.is_xl,
     )
-    captions = [caption for example in examples for caption in example.captions]
-    report_captions(captions, model.text_encoder)
-    cache_captions(cache, captions, model.text_encoder, text_weights, dist)
+    cache_captions(cache, captions, model.text_encoder, text_weights, dist, chunks=chunks)
     model.text_encoder.to(device="cpu")
     if config.cache_latents:
         workers = config.dataloader_num_workers
@@ -177,15 +174,24 @@ def samples_of(
     return samples
 
 
-def report_captions(captions: Sequence[str], text_encoder: TextEncoder) -> None:
-    """Warn of captions that say nothing, and of those whose end the text encoder does not see."""
+def chunks_of(config: TrainConfig, captions: Sequence[str], text_encoder: TextEncoder) -> int:
+    """Chunks to which every caption is padded or cut: what the longest needs, up to --max-caption-tokens.
+
+    One number for the whole run, so that a sample does not depend on those beside it in a batch. Warns of captions that
+    say nothing, and of those that are cut.
+    """
     empty = sum(not caption.strip() for caption in captions)
     if empty:
         log.warning("%d of %d captions are empty", empty, len(captions))
-    long = [caption for caption in captions if text_encoder.is_truncated(caption)]
+    chunk = text_encoder.max_tokens - 2
+    chunks = min(text_encoder.chunks(captions), max(1, config.max_caption_tokens // chunk))
+    long = [caption for caption in captions if text_encoder.token_count(caption) > chunks * chunk]
     if long:
-        log.warning("%d of %d captions are cut at %d tokens: %r ...", len(long), len(captions),
-                    text_encoder.max_tokens - 2, long[0][:80])  # fmt: skip
+        log.warning("%d of %d captions are cut at %d tokens: %r ...", len(long), len(captions), chunks * chunk,
+                    long[0][:80])  # fmt: skip
+    if chunks > 1:
+        log.info("captions are read in %d chunks of %d tokens", chunks, chunk)
+    return chunks
 
 
 def batches_from(config: TrainConfig, dist: Distributed, run: Run) -> Iterator[Batch]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from minisd.buckets import Geometry, bucket_geometry, default_step, square_geometry
@@ -17,10 +18,11 @@ from minisd.ddpm import NoiseSchedule
 from minisd.distributed import Distributed, gather_shares
 from minisd.errors import DataError, UsageError
 from minisd.lora import TARGETS, copy_lora_weights, inject_lora, lora_weights
-from minisd.lora_file import load_lora
 from minisd.lora_info import LoRAInfo, base_model_version
+from minisd.lora_reader import load_lora
 from minisd.sampling import native_size
-from minisd.weights import StableDiffusion, with_zero_terminal_snr
+from minisd.training import Precision
+from minisd.weights import StableDiffusion, load_model, with_zero_terminal_snr
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +30,8 @@ log = logging.getLogger(__name__)
 _NOT_IN_RECIPE = {"data", "output", "cache_dir", "debug", "resume_from_checkpoint", "allow_change", "init_lora",
                   "checkpointing_steps", "checkpoints_total_limit", "dataloader_num_workers", "cache_latents",
                   "validation_prompts", "validation_steps", "validation_num_images", "validation_inference_steps",
-                  "validation_guidance_scale", "report_to", "preflight", "dist_timeout", "trigger"}  # fmt: skip
+                  "validation_guidance_scale", "report_to", "preflight", "dist_timeout", "trigger",
+                  "lora_format"}  # fmt: skip
 
 
 def read_data(config: TrainConfig, dist: Distributed) -> tuple[list[Example], list[Survey]]:
@@ -67,23 +70,36 @@ def add_adapter(config: TrainConfig, unet: nn.Module) -> list[str]:
 
 def _start_from(path: Path, unet: nn.Module) -> None:
     """Copy the weights of a LoRA file into the new adapter."""
-    weights, current = load_lora(path, unet)[0], lora_weights(unet)
+    weights, current = load_lora(path, {"unet": unet}).parts["unet"], lora_weights(unet)
     if {name: (w.rank, w.alpha) for name, w in weights.items()} != {n: (w.rank, w.alpha) for n, w in current.items()}:
         kinds = sorted({(w.rank, w.alpha) for w in weights.values()})
         raise UsageError(
             f"--init-lora {path}: it has {len(weights)} layers with (rank, alpha) {kinds}, this run {len(current)} of "
             "its own. Give the same --rank, --alpha and --lora-targets."
         )
-    copy_lora_weights(weights, unet)
+    try:
+        copy_lora_weights(weights, unet)
+    except ValueError as error:
+        raise UsageError(f"--init-lora {path}: {error}.") from error
     log.info("starting from the weights of %s with a fresh optimizer; this is not a resumed run", path)
 
 
-def training_model(config: TrainConfig, model: StableDiffusion) -> StableDiffusion:
-    """The model with the noise schedule to train on.
+def base_model(config: TrainConfig, device: torch.device) -> StableDiffusion:
+    """Load the model in the run's precision, with the noise schedule to train on.
 
     Raises:
+        WeightsError: it cannot be loaded.
+        NetworkError: it cannot be downloaded.
         UsageError: an epsilon model is to learn from pure noise, which has no epsilon to tell from x_0.
     """
+    model = load_model(
+        config.model,
+        revision=config.revision,
+        variant=config.variant,
+        prediction_type=config.prediction_type,
+        dtype=Precision(config.mixed_precision, device.type).dtype,
+        device=device,
+    )
     if config.zero_terminal_snr:
         return with_zero_terminal_snr(model)
     schedule = model.schedule.config
@@ -131,6 +147,7 @@ def lora_info(
     prediction_type = schedule.config.prediction_type
     return LoRAInfo(
         base_model=model.name,
+        base_commit=model.commit or "",
         base_model_version=base_model_version(model.unet.config.cross_attention_dim, prediction_type),
         rank=config.rank,
         alpha=config.scale_alpha,

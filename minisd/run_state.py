@@ -29,8 +29,9 @@ from minisd.data import Example, Survey
 from minisd.distributed import Distributed, gather, wait_for_all
 from minisd.errors import CheckpointError, DiskError, NonFiniteError, UsageError
 from minisd.lora import copy_lora_weights, lora_parameters, lora_weights
-from minisd.lora_file import load_lora, lora_bytes
 from minisd.lora_info import LoRAInfo
+from minisd.lora_reader import load_lora
+from minisd.lora_writer import lora_bytes
 from minisd.optimizer import load_optimizer, optimizer_tensors
 from minisd.run_setup import sha256_of
 
@@ -44,7 +45,7 @@ _FREE = {"data", "output", "revision", "variant", "cache_dir", "cache_latents", 
          "dataloader_num_workers", "gradient_checkpointing", "checkpointing_steps", "checkpoints_total_limit",
          "resume_from_checkpoint", "allow_change", "validation_prompts", "validation_steps", "validation_num_images",
          "validation_inference_steps", "validation_guidance_scale", "report_to", "preflight", "dist_timeout", "model",
-         "init_lora"}  # fmt: skip
+         "init_lora", "lora_format"}  # fmt: skip
 # What a run leaves in OUTPUT, beside the cache, which any run may use.
 _WRITTEN = ("checkpoints", "metrics.jsonl", "config.json", "lora.safetensors", "samples", "tensorboard",
             "wandb_run_id", "bad_batch.json", "pictures.csv")  # fmt: skip
@@ -168,7 +169,7 @@ def save_run(config: TrainConfig, state: TrainingState, circumstances: Mapping[s
         "circumstances": dict(circumstances),
     }
     files = {
-        "lora.safetensors": lora_bytes(lora_weights(state.unet), state.info),
+        "lora.safetensors": lora_bytes({"unet": lora_weights(state.unet)}, state.info),
         "optim.safetensors": safetensors.torch.save(optimizer_tensors(state.optimizer, parameters)),
         "state.json": json.dumps(content, indent=2).encode(),
     }
@@ -189,7 +190,7 @@ def restore_run(checkpoint: Path, state: TrainingState, allow_change: Collection
     saved = json.loads((checkpoint / "state.json").read_bytes())
     _compare(checkpoint, saved["run"], state.description, allow_change)
     parameters = lora_parameters(state.unet)
-    weights, _ = load_lora(checkpoint / "lora.safetensors", state.unet)
+    weights = load_lora(checkpoint / "lora.safetensors", {"unet": state.unet}).parts["unet"]
     current = lora_weights(state.unet)
     if {n: (w.down.shape, w.up.shape) for n, w in weights.items()} != {
         n: (w.down.shape, w.up.shape) for n, w in current.items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -93,12 +93,12 @@ def snr_weights(snr: Tensor, gamma: float, prediction_type: PredictionType) -> T
 
 
 def diffusion_loss(
-    unet: Callable[[Tensor, Tensor, Tensor], Tensor],
+    unet: Callable[..., Tensor],
     schedule: NoiseSchedule,
     latents: Tensor,
     noise: Tensor,
     timesteps: Tensor,
-    encoder_hidden_states: Tensor,
+    conditioning: Sequence[Tensor],
     *,
     dtype: torch.dtype,
     snr_gamma: float | None = None,
@@ -111,7 +111,7 @@ def diffusion_loss(
         latents: clean latents [B, 4, h, w] float32.
         noise: standard normal [B, 4, h, w] float32.
         timesteps: diffusion times [B] int64.
-        encoder_hidden_states: prompt embeddings [B, S, E].
+        conditioning: what else the UNet takes: prompt embeddings [B, S, E], and of an XL model two tensors more.
         dtype: of the forward pass.
         snr_gamma: weight the samples by `snr_weights`; None: all alike.
 
@@ -119,7 +119,7 @@ def diffusion_loss(
         A float32 scalar.
     """
     noisy_latents = schedule.add_noise(latents, noise, timesteps)
-    model_pred = unet(noisy_latents.to(dtype), timesteps, encoder_hidden_states.to(dtype))
+    model_pred = unet(noisy_latents.to(dtype), timesteps, *conditioning)
     target = schedule.target(latents, noise, timesteps)
     if snr_gamma is None:
         return F.mse_loss(model_pred.float(), target)

@@ -70,7 +70,7 @@ def draw_validation(
                     break
             if stop.requested:
                 break
-            text = parameters_text(settings, prompt, seed, model.name, [f"step {step}"])
+            text = parameters_text(settings, prompt, seed, model.name, [f"Training step: {step}"])
             save_png(to_pil(decode(model, latents))[0], path, parameters=text, overwrite=True)
     wait_for_all(dist)
     return [path for path, _, _ in pictures if path.exists()]

@@ -16,8 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from minisd.images import image_grid, to_pil
-from minisd.lora import add_lora
-from minisd.lora_file import load_lora
+from minisd.lora_reader import add_lora_to, load_lora
 from minisd.pocket import scenes
 from minisd.pocket.demo import PICTURES, SEED
 from minisd.sampling import SamplingSettings, decode, denoise, native_size
@@ -112,8 +111,8 @@ def main() -> None:
     if config.lora is None:
         shown, prefix, style = scenes_to_ask(100 if config.count is None else config.count), "", "plain"
     else:
-        weights, _ = load_lora(config.lora, model.unet)
-        add_lora(model.unet, weights, name="style")
+        networks = {"unet": model.unet}
+        add_lora_to(networks, load_lora(config.lora, networks), name="style")
         shown, prefix, style = held_out_scenes(30 if config.count is None else config.count), "8bit ", "8bit"
     model.unet.eval()
     figures = figures_of(draw_scenes(model, shown, prefix), shown)

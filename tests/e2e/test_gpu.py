@@ -10,9 +10,10 @@ from PIL import Image
 
 import sample
 import train
-from minisd.config import SampleConfig
 from minisd.distributed import Distributed
+from minisd.sample_config import SampleConfig
 from tests.e2e.running import config_for, metrics_of
+from tests.tiny import write_tiny_model
 
 pytestmark = [
     pytest.mark.gpu,
@@ -102,3 +103,20 @@ def test_a_compiled_run_computes_the_same(tiny_folder, dataset, tmp_path):
     for a, b in zip(metrics_of(tmp_path / "True"), metrics_of(tmp_path / "False"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2)
+
+
+def test_an_xl_run_is_that_of_the_cpu_and_its_vae_in_float32(dataset, tmp_path):
+    folder = write_tiny_model(tmp_path / "sdxl", family="sdxl").folder
+    for device in ("cpu", "cuda"):
+        train.train(
+            config_for(folder, dataset, tmp_path / device, max_train_steps=3),
+            Distributed(0, 1, torch.device(device)),
+        )
+    for a, b in zip(metrics_of(tmp_path / "cpu"), metrics_of(tmp_path / "cuda"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+    half = config_for(
+        folder, dataset, tmp_path / "half", mixed_precision="fp16", validation_prompts=("cat",), max_train_steps=3
+    )
+    train.train(half, Distributed(0, 1, torch.device("cuda", 0)))
+    assert all(math.isfinite(line["loss"]) for line in metrics_of(half.output))
+    assert len(list((half.output / "samples").rglob("*.png"))) == 2

@@ -16,7 +16,7 @@ import train
 from minisd import run_state
 from minisd.errors import DataError, DiskError, NonFiniteError, UsageError, run_script
 from minisd.lora import add_lora
-from minisd.lora_file import load_lora
+from minisd.lora_reader import load_lora
 from minisd.weights import load_unet
 from tests.e2e.gradient_probe import probe
 from tests.e2e.running import ALONE, config_for, metrics_of, state_of
@@ -64,7 +64,7 @@ def test_all_targets_learn_and_diffusers_opens_the_file(tiny_folder, dataset, tm
     assert all(tensor.abs().max() > 0 for key, tensor in tensors.items() if "lora_up" in key)
 
     ours = load_unet(tiny_folder, dtype=torch.float64)
-    add_lora(ours, load_lora(path, ours)[0], name="style")
+    add_lora(ours, load_lora(path, {"unet": ours}).parts["unet"], name="style")
     theirs = UNet2DConditionModel.from_pretrained(tiny_folder / "unet").double()
     _load_kohya(theirs, path)
     inputs = torch.randn(2, 4, 16, 16, dtype=torch.float64), torch.tensor([7, 900]), torch.randn(2, 77, 32).double()
@@ -274,3 +274,17 @@ def test_a_gradient_that_is_no_number_ends_the_run_though_the_loss_is_one(tiny_f
     with pytest.raises(NonFiniteError, match=r"step 1: loss \d.*gradient norm inf"):
         train.train(config_for(tiny_folder, dataset, tmp_path), ALONE)
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_the_names_in_the_lora_file_are_those_asked_for(tiny_folder, dataset, tmp_path):
+    found = {}
+    for name, start in (("kohya", "lora_unet_down_blocks_0_"), ("peft", "unet.down_blocks.0.")):
+        config = config_for(tiny_folder, dataset, tmp_path / name, lora_format=name, max_train_steps=1)
+        train.train(config, ALONE)
+        path = config.output / "lora.safetensors"
+        assert any(key.startswith(start) for key in safetensors.torch.load_file(path))
+        found[name] = load_lora(path, {"unet": load_unet(tiny_folder)}).parts["unet"]
+    assert found["kohya"].keys() == found["peft"].keys()
+    for path, ours in found["kohya"].items():
+        assert torch.equal(ours.down, found["peft"][path].down)
+        assert (ours.alpha, found["peft"][path].alpha) == (8.0, 8.0)

@@ -8,13 +8,13 @@ from PIL import Image
 
 import sample
 import train
-from minisd.config import SampleConfig, TrainConfig
+from minisd.config import TrainConfig
 from minisd.distributed import Distributed
 from minisd.hub import resolve_model
-from minisd.lora import add_lora
-from minisd.lora_file import load_lora
+from minisd.lora_reader import add_lora_to, load_lora
 from minisd.pocket import demo, scenes
 from minisd.pocket.measure import draw_scenes, figures_of, held_out_scenes, scenes_to_ask
+from minisd.sample_config import SampleConfig
 from minisd.weights import load_model
 
 
@@ -66,15 +66,16 @@ def test_the_lora_changes_the_style_and_keeps_the_content(trained):
     shown = held_out_scenes(10)
     model = load_model("pocket")
     before = figures_of(draw_scenes(model, shown, "8bit "), shown)
-    weights, info = load_lora(trained, model.unet)
-    add_lora(model.unet, weights, name="style")
+    networks = {"unet": model.unet}
+    lora = load_lora(trained, networks)
+    add_lora_to(networks, lora, name="style")
     model.unet.eval()
     after = figures_of(draw_scenes(model, shown, "8bit "), shown)
     real = figures_of([scenes.draw(scene, "8bit") for scene in shown], shown)
     assert before.blockiness < 0.6 * real.blockiness
     assert after.blockiness >= 0.9 * real.blockiness
     assert min(after.colour, after.time) >= 0.8
-    assert info.base_model == "pocket"
+    assert lora.info.base_model == "pocket"
 
 
 def test_diffusers_draws_the_same_picture_with_the_trained_lora(trained, tmp_path):

@@ -10,7 +10,7 @@ from minisd import checkpoint, run_state
 from minisd.checkpoint import newest_checkpoint
 from minisd.config import TrainConfig
 from minisd.errors import CheckpointError, UsageError
-from minisd.lora_file import load_lora
+from minisd.lora_reader import load_lora
 from minisd.plan import MicroBatches
 from minisd.weights import load_unet
 from tests.e2e.running import ALONE, config_for, metrics_of, options_of, state_of, torchrun
@@ -286,7 +286,7 @@ def test_starting_from_a_lora_is_not_resuming(whole, tmp_path, tiny_folder, capl
     assert "with a fresh optimizer; this is not a resumed run" in caplog.text
     assert metrics_of(tmp_path)[0]["step"] == 1
     unet = load_unet(tiny_folder)
-    before, after = load_lora(trained, unet)[0], load_lora(tmp_path / "lora.safetensors", unet)[0]
+    before, after = (load_lora(path, {"unet": unet}).parts["unet"] for path in (trained, tmp_path / "lora.safetensors"))
     for path, lora in after.items():
         assert torch.allclose(lora.up, before[path].up, atol=1e-7)
     with pytest.raises(UsageError, match="Give the same --rank, --alpha and --lora-targets"):

@@ -13,7 +13,7 @@ from minisd import run as run_module
 from minisd.checkpoint import newest_checkpoint
 from minisd.config import TrainConfig
 from minisd.errors import CheckpointError, NonFiniteError
-from minisd.lora_file import read_lora_info
+from minisd.lora_reader import read_lora_info
 from tests.e2e.running import ALONE, config_for, metrics_of, state_of
 
 

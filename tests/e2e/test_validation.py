@@ -11,10 +11,10 @@ from PIL import Image
 import sample
 import train
 from minisd import validation
-from minisd.config import SampleConfig
 from minisd.errors import CheckpointError
 from minisd.interruptions import StopRequest
 from minisd.preflight import preflight
+from minisd.sample_config import SampleConfig
 from tests.e2e.running import ALONE, config_for, metrics_of, options_of, state_of, torchrun
 from tests.tiny import write_tiny_model
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from minisd import draws
 from minisd.batches import Batch, TrainingSamples, collate, training_batches
 from minisd.buckets import Geometry, square_geometry
-from minisd.data import Example
+from minisd.data import Example, Survey
 from minisd.distributed import Distributed
 from minisd.errors import DataError, DiskError
 from minisd.images import load_image, to_pixel_values
@@ -56,7 +56,7 @@ def make(tmp_path: Path, vae: AutoencoderKL, text_encoder: TextEncoder) -> Make:
         settings: dict[str, object] = {"center_crop": True, "random_flip": True, "caption_dropout": 0.3}
         samples = TrainingSamples(
             examples,
-            [hashlib.sha256(example.path.read_bytes()).hexdigest() for example in examples],
+            [Survey(hashlib.sha256(example.path.read_bytes()).hexdigest(), (60, 60)) for example in examples],
             geometries,
             TrainingPlan(geometries, 4, SEED),
             cache,
@@ -67,9 +67,10 @@ def make(tmp_path: Path, vae: AutoencoderKL, text_encoder: TextEncoder) -> Make:
             latent_channels=4,
             pixels_per_latent=4,
             num_train_timesteps=1000,
+            is_xl=False,
         )
         captions = [caption for example in examples for caption in example.captions]
-        cache_captions(cache, captions, text_encoder, "text", ALONE)
+        cache_captions(cache, captions, text_encoder, "text", ALONE, chunks=1)
         if cached:
             cache_latents(cache, samples.views(), vae, "vae", ALONE, num_workers=0, check_stop=lambda: None)
         return samples
@@ -155,14 +156,14 @@ def test_a_caption_is_drawn_from_those_of_its_picture_or_left_out(make: Make, te
     for position in range(400):
         caption, index = samples.caption_of(position), samples.plan.index(position)
         if draws.caption_dropout(SEED, position) < 0.3:
-            assert caption == ""
+            assert caption is None
             dropped += 1
         else:
             captions = samples.examples[index].captions
             assert caption == captions[draws.caption_choice(SEED, position, len(captions))]
             shown.setdefault(index, set()).add(caption)
         if position < 30:
-            assert torch.equal(samples[position].encoder_hidden_states, text_encoder([caption]))
+            assert torch.equal(samples[position].encoder_hidden_states, text_encoder([caption]).hidden_states)
     assert 90 < dropped < 150
     assert shown == {index: set(example.captions) for index, example in enumerate(samples.examples)}
     never, always = make(cached=False, caption_dropout=0.0), make(cached=False, caption_dropout=1.0)
@@ -205,8 +206,8 @@ def test_every_sample_has_the_latents_of_its_picture_and_the_words_of_its_captio
             pixel_values = to_pixel_values(load_image(example.path), BUCKETS[index % 3], crop=None, flip=flip)
             looks[encode_moments(vae, pixel_values.unsqueeze(0)).numpy().tobytes()] = (index, flip)
     texts = [(index, caption) for index, example in enumerate(samples.examples) for caption in example.captions]
-    words = {text_encoder([caption]).numpy().tobytes(): index for index, caption in texts}
-    nothing = text_encoder([""]).numpy().tobytes()
+    words = {text_encoder([caption]).hidden_states.numpy().tobytes(): index for index, caption in texts}
+    nothing = text_encoder([None]).hidden_states.numpy().tobytes()
     assert len(looks) == 18
     assert len(words) == len(texts)
     steps = samples.plan.steps_per_epoch
@@ -286,7 +287,7 @@ def test_a_picture_that_vanishes_or_changes_in_mid_run_is_named_in_one_line(
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_cache_that_is_damaged_in_mid_run_is_a_disk_error_in_one_line(make: Make, workers: int) -> None:
     samples = make(cached=True)
-    path, _ = samples.cache._places[caption_key("", "text")]
+    path, _ = samples.cache._places[caption_key(None, "text")]
     data = bytearray(path.read_bytes())
     for place in range(len(data) - 100_000, len(data), 100):
         data[place] ^= 1
@@ -317,9 +318,9 @@ cache = TensorCache(Path(sys.argv[1]) / "cache")
 cache.add(caption_key("x", "text"), torch.zeros(3, 4))
 cache.flush()
 samples = TrainingSamples(
-    examples, [found.sha256 for found in surveys], geometries, TrainingPlan(geometries, 4, 0), cache,
+    examples, surveys, geometries, TrainingPlan(geometries, 4, 0), cache,
     text_weights="text", vae_weights=None, center_crop=True, random_flip=False, caption_dropout=0.0, noise_offset=0.0,
-    seed=0, latent_channels=4, pixels_per_latent=8, num_train_timesteps=1000,
+    seed=0, latent_channels=4, pixels_per_latent=8, num_train_timesteps=1000, is_xl=False,
 )
 micro_batches = MicroBatches(0, 20, 0, 1, 1, 4)
 batches = training_batches(samples, micro_batches, num_workers=1, pin_memory=False)

@@ -19,7 +19,7 @@ from minisd.distributed import Distributed
 from minisd.errors import DataError, NonFiniteError, Stopped
 from minisd.latent_cache import View, cache_captions, cache_latents, caption_key, encode_moments, identity
 from minisd.tensor_cache import TensorCache
-from minisd.text import TextEncoder
+from minisd.text import TextEmbeddings, TextEncoder
 from minisd.vae import AutoencoderKL
 from minisd.weights import load_vae
 
@@ -218,23 +218,25 @@ def test_a_key_is_of_the_content_and_not_of_its_place(tmp_path: Path) -> None:
 # --- captions ---
 
 
-def test_captions_are_encoded_each_alone_and_the_empty_one_always(
+def test_captions_are_encoded_each_alone_and_the_one_left_out_always(
     tmp_path: Path, text_encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     captions = ["a cat", "a city", "a cat", "caf\xe9 \U0001f408", "a/b"]
     cache = TensorCache(tmp_path)
-    cache_captions(cache, captions, text_encoder, "text", ALONE)
-    for caption in ["", *captions]:
-        assert torch.equal(cache[caption_key(caption, "text")], text_encoder([caption])[0])
+    cache_captions(cache, captions, text_encoder, "text", ALONE, chunks=2)
+    for caption in [None, *captions]:
+        expected = text_encoder([caption], chunks=2).hidden_states[0]
+        assert torch.equal(cache[caption_key(caption, "text")], expected)
+    assert caption_key(None, "text") != caption_key("None", "text")
     asked: list[str] = []
 
     class Counting:
-        def __call__(self, captions: list[str]) -> torch.Tensor:
+        def __call__(self, captions: list[str], *, chunks: int) -> TextEmbeddings:
             asked.extend(captions)
-            return text_encoder(captions)
+            return text_encoder(captions, chunks=chunks)
 
     again = TensorCache(tmp_path)
-    cache_captions(again, [*captions, "new"], Counting(), "text", ALONE)  # type: ignore[arg-type]
+    cache_captions(again, [*captions, "new"], Counting(), "text", ALONE, chunks=2)  # type: ignore[arg-type]
     assert asked == ["new"]
 
 
@@ -242,21 +244,29 @@ def test_captions_in_shares(tmp_path: Path, text_encoder: TextEncoder, two_ranks
     captions = [f"a cat {i}" for i in range(4)]
     caches = [TensorCache(tmp_path) for _ in two_ranks]
     for dist, cache in zip(two_ranks, caches, strict=True):
-        cache_captions(cache, captions, text_encoder, "text", dist)
+        cache_captions(cache, captions, text_encoder, "text", dist, chunks=1)
         shards = list(tmp_path.glob("*.safetensors"))
         assert len(shards) == 1 + dist.rank
-    assert [caption_key(caption, "text") in caches[0] for caption in ["", *captions]] == [True, False] * 2 + [True]
-    assert all(caption_key(caption, "text") in caches[1] for caption in ["", *captions])
+    assert [caption_key(caption, "text") in caches[0] for caption in [None, *captions]] == [True, False] * 2 + [True]
+    assert all(caption_key(caption, "text") in caches[1] for caption in [None, *captions])
 
 
 def test_an_embedding_that_is_no_number_is_refused_and_the_others_kept(
     tmp_path: Path, text_encoder: TextEncoder
 ) -> None:
-    def spoiled(captions: list[str]) -> torch.Tensor:
-        return text_encoder(captions) * (torch.nan if captions == ["bad"] else 1)
+    def spoiled(captions: list[str], *, chunks: int) -> TextEmbeddings:
+        factor = torch.nan if captions == ["bad"] else 1
+        return TextEmbeddings(text_encoder(captions, chunks=chunks).hidden_states * factor, None)
 
     with pytest.raises(NonFiniteError, match="the embedding of 'bad' is not finite"):
-        cache_captions(TensorCache(tmp_path), ["good", "bad", "late"], spoiled, "text", ALONE)  # type: ignore[arg-type]
+        cache_captions(
+            TensorCache(tmp_path),
+            ["good", "bad", "late"],
+            spoiled,  # type: ignore[arg-type]
+            "text",
+            ALONE,
+            chunks=1,
+        )
     cache = TensorCache(tmp_path)
-    kept = [caption_key(caption, "text") in cache for caption in ("", "good", "bad", "late")]
+    kept = [caption_key(caption, "text") in cache for caption in (None, "good", "bad", "late")]
     assert kept == [True, True, False, False]

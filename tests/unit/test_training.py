@@ -93,7 +93,9 @@ def _batch(timesteps, seed=0):
 
 def _loss(net, schedule, latents, noise, timesteps, dtype=torch.float32, snr_gamma=None):
     prompt = torch.zeros(len(latents), 77, 8)
-    return diffusion_loss(net, schedule, latents, noise, timesteps, prompt, dtype=dtype, snr_gamma=snr_gamma)
+    return diffusion_loss(
+        net, schedule, latents, noise, timesteps, [prompt.to(dtype)], dtype=dtype, snr_gamma=snr_gamma
+    )
 
 
 # --- loss ---
@@ -261,7 +263,7 @@ def test_recomputed_activations_give_the_same_gradients_to_the_bit(tiny_folder, 
         latents, noise, timesteps, _ = _batch([10, 700], seed=1)
         torch.manual_seed(5)
         prompt = torch.randn(2, 77, 32, generator=torch.Generator().manual_seed(2))
-        loss = diffusion_loss(unet, _schedule("epsilon"), latents, noise, timesteps, prompt, dtype=dtype)
+        loss = diffusion_loss(unet, _schedule("epsilon"), latents, noise, timesteps, [prompt.to(dtype)], dtype=dtype)
         loss.backward()
         # Done, and to all: but for the first block, which comes before any adapter and has no gradient.
         assert len(calls) == (2 * blocks - 1 if recompute else blocks)
