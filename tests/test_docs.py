@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from minisd.command_line import parse_args
-from minisd.config import SampleConfig, TrainConfig
+from minisd.config import TrainConfig
+from minisd.sample_config import SampleConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
