@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -20,6 +19,7 @@ from minisd.errors import DataError, UsageError
 from minisd.lora import TARGETS, copy_lora_weights, inject_lora, lora_weights
 from minisd.lora_info import LoRAInfo, base_model_version
 from minisd.lora_reader import load_lora
+from minisd.model_files import sha256_of
 from minisd.sampling import native_size
 from minisd.training import Precision
 from minisd.weights import StableDiffusion, load_model, with_zero_terminal_snr
@@ -143,7 +143,7 @@ def lora_info(
     """What the LoRA file says of itself: enough to use it and to make it again, and no paths."""
     recipe = {name: value for name, value in asdict(config).items() if name not in _NOT_IN_RECIPE and value is not None}
     if config.init_lora is not None:
-        recipe["init_lora_sha256"] = sha256_of(config.init_lora)
+        recipe["init_lora_sha256"] = init_lora_sha256(config)
     prediction_type = schedule.config.prediction_type
     return LoRAInfo(
         base_model=model.name,
@@ -161,7 +161,9 @@ def lora_info(
     )
 
 
-def sha256_of(path: Path) -> str:
-    """Hash of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def init_lora_sha256(config: TrainConfig) -> str | None:
+    """Hash of the LoRA to start from; of a folder of PEFT's, of the weights in it. None if there is none."""
+    path = config.init_lora
+    if path is None:
+        return None
+    return sha256_of(path / "adapter_model.safetensors" if path.is_dir() else path)

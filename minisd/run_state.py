@@ -33,7 +33,7 @@ from minisd.lora_info import LoRAInfo
 from minisd.lora_reader import load_lora
 from minisd.lora_writer import lora_bytes
 from minisd.optimizer import load_optimizer, optimizer_tensors
-from minisd.run_setup import sha256_of
+from minisd.run_setup import init_lora_sha256
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def describe_run(
         **options,
         "resolution": resolution,
         "alpha": config.scale_alpha,
-        "init_lora": None if config.init_lora is None else sha256_of(config.init_lora),
+        "init_lora": init_lora_sha256(config),
         "images_per_step": images_per_step,
         "max_train_steps": steps,
         "dataset": digest.hexdigest(),
