@@ -29,7 +29,7 @@ from minisd.picture_record import read_record
 from minisd.picture_text import origin_of, picture_texts
 from minisd.prompt_files import one_config_a_prompt
 from minisd.sample_plan import Batch, plan
-from minisd.sample_setup import checked_init_image, prepared_model, resolved, settings_of
+from minisd.sample_setup import checked_init_image, merged_doras, prepared_model, resolved, settings_of
 from minisd.sampling import decode, denoise
 from minisd.sweep_grid import SWEEP, labelled_grid
 from minisd.weights import StableDiffusion
@@ -69,7 +69,8 @@ def sample(config: SampleConfig) -> list[Path]:
             for index, lora in enumerate(loras):
                 for part in parts[index]:
                     set_lora_scale(model.networks()[part], f"lora{index}", lora.strength * batch.lora_factor)
-            latents = drawn(model, batch, bar.update)
+            with merged_doras(model):
+                latents = drawn(model, batch, bar.update)
             for place, number in batch.numbers.items():
                 image = to_pil(decode(model, latents[place : place + 1], tiled=batch.config.vae_tiling))[0]
                 parameters, record = picture_texts(model, batch, place, loras, origin)
@@ -87,7 +88,11 @@ def sample(config: SampleConfig) -> list[Path]:
 
 
 def drawn(model: StableDiffusion, batch: Batch, on_call: Callable[[], object]) -> Tensor:
-    """Draw a batch: latents [B, 4, height / f, width / f]."""
+    """Draw a batch: latents [B, 4, height / f, width / f].
+
+    Raises:
+        MinisdError: as `denoise`, or the picture to begin with cannot be read.
+    """
     config, settings = batch.config, settings_of(batch.config)
     init_image = None
     if config.init_image is not None:

@@ -132,6 +132,8 @@ def _options_of_picture(path: Path, given: Collection[str]) -> dict[str, Any]:
         options.pop("prompt", None)
     if "model" in given:  # these are about the picture's
         options = {name: options[name] for name in options.keys() - {"revision", "variant", "prediction_type"}}
+    if "scheduler" in given:  # and these about the way of its sampler: another may have none of them
+        options = {name: options[name] for name in options.keys() - {"karras", "timestep_spacing", "eta"}}
     # A null stands for "not given" in every option that has it.
     options = {name: value for name, value in options.items() if value is not None}
     return _checked(options | {"num_images": 1}, SampleConfig, f"--from-png {path}")

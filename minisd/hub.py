@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, errors, snapshot_download, try_to_load_from_cache
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import tqdm, validate_repo_id
 
 from minisd.errors import MinisdError, NetworkError, UsageError, WeightsError
 from minisd.model_files import CONVERT_HINT, PICKLE_SUFFIXES, read_header, sha256_of
@@ -32,6 +32,29 @@ from minisd.model_folder import (
 log = logging.getLogger(__name__)
 
 _PROBE_SECONDS = 5.0
+_MOST_RESTARTS = 10  # in the download of a model, all files together
+
+
+class _NoProgressError(Exception):
+    """A server cuts every answer, and begins anew instead of where the last one ended."""
+
+
+class _Progress(tqdm):  # type: ignore[misc]
+    """The library's progress bar, which also ends a download that gets nowhere.
+
+    The library gives up after five tries without a new byte. Where a server ignores from where it is to go on, the same
+    bytes count as new at each try, and it would fetch half of a file hundreds of times. Its bar then goes back.
+    """
+
+    restarts = 0
+
+    def update(self, n: float | None = 1) -> bool | None:
+        """As in tqdm. Raises _NoProgressError."""
+        if n is not None and n < 0:
+            self.restarts += 1
+            if self.restarts > _MOST_RESTARTS:
+                raise _NoProgressError
+        return super().update(n)
 
 
 def resolve_model(model: str, *, revision: str | None = None, variant: str | None = None) -> Path:
@@ -49,6 +72,7 @@ def resolve_model(model: str, *, revision: str | None = None, variant: str | Non
         WeightsError: there is no such model, it is incomplete, or not in a layout that can be read.
         NetworkError: the Hub cannot be reached, or refuses.
         UsageError: a revision of something that is not a repository, a variant of a single file.
+        OSError: the Hub's cache cannot be written.
     """
     pocket = Path(__file__).parent / "pocket" / "weights"
     path = pocket if model == "pocket" else _local_path(model)
@@ -120,7 +144,8 @@ def _from_hub(repo: str, revision: str | None, variant: str | None) -> Path:
     if missing:
         raise WeightsError(f"{repo} on the Hub: {explain(missing, names, variant)}")
     with _hub_failures(repo, revision, shlex.join(fetch)):
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=_patterns(variant)))
+        patterns = _patterns(variant)
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, tqdm_class=_Progress))
     check_folder(folder, variant)
     for path in _weights(folder, variant):
         if _is_the_hubs(path) is False:  # the library compares the size only
@@ -208,7 +233,7 @@ def _reason(error: BaseException, repo: str, revision: str | None, fetch: str) -
             return f"the secure connection failed, as behind a proxy with its own certificate (TLS); {beforehand}"
         if isinstance(cause, TimeoutError) or "Timeout" in name:
             return f"no answer in time (timeout); {beforehand}"
-        if isinstance(cause, RecursionError):  # how the library tries again
+        if isinstance(cause, _NoProgressError | RecursionError):  # it tries again by calling itself
             return f"the download was cut again and again; {beforehand}"
         if isinstance(cause, ConnectionError) or type(cause).__module__.startswith("httpx"):
             return f"no connection ({str(chain[-1])[:100]}); {beforehand}"

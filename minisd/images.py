@@ -40,7 +40,7 @@ MAX_PIXELS = 64 * 2**20
 MAX_ASPECT = 16
 # Pillow knows some fifty formats; one of them starts Ghostscript.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
-_FIX = "Replace it or take it out of the dataset."
+_FIX = "Replace it, or leave it out."
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -110,11 +110,12 @@ def _check_size(path: Path, size: tuple[int, int]) -> None:
     width, height = size
     if width * height > MAX_PIXELS:
         raise DataError(
-            f"{str(path)!r}: {width} x {height} pixels, expected at most {MAX_PIXELS}. Make it smaller, or take it out."
+            f"{str(path)!r}: {width} x {height} pixels, expected at most {MAX_PIXELS}. Make it smaller, or leave it "
+            "out."
         )
     if max(size) > MAX_ASPECT * min(size):
         raise DataError(
-            f"{str(path)!r}: {width} x {height} pixels, expected sides of at most {MAX_ASPECT}:1. Crop it, or take it "
+            f"{str(path)!r}: {width} x {height} pixels, expected sides of at most {MAX_ASPECT}:1. Crop it, or leave it "
             "out."
         )
 

@@ -107,6 +107,8 @@ class StopRequest:
     @property
     def reason(self) -> str:
         """Who asked: "SIGTERM", "torchrun is gone" ...; "" if nobody did."""
+        if self._reason == "SIGTERM" and self._orphaned():
+            return "torchrun is gone"  # the kernel may send our SIGTERM a moment before it gives us another parent
         return self._reason or ""
 
     def check(self) -> None:

@@ -174,7 +174,8 @@ def cache_captions(
     try:
         for caption in tqdm(share, desc="encode captions", unit="caption", disable=not (dist.is_main and missing)):
             embeddings = text_encoder([caption], chunks=chunks)
-            if not torch.isfinite(embeddings.hidden_states).all():
+            tensors = [tensor for tensor in (embeddings.hidden_states, embeddings.pooled) if tensor is not None]
+            if not all(torch.isfinite(tensor).all() for tensor in tensors):
                 raise NonFiniteError(
                     f"the embedding of {(caption or '')[:80]!r} is not finite. Use --mixed-precision bf16 or no."
                 )

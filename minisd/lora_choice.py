@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from minisd.a1111_text import quoted
 from minisd.config import DEFAULT_OUTPUT
 from minisd.errors import UsageError, WeightsError
 from minisd.picture_record import LoRARecord, PictureRecord
 from minisd.sample_config import SampleConfig
-from minisd.sampling import quoted
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def chosen_loras(config: SampleConfig, record: PictureRecord | None) -> list[LoR
     """
     if config.lora == ("none",):
         return []
-    asked = [_parsed(text) for text in config.lora]
+    asked = [with_strength(text) for text in config.lora]
     if record is not None:
         return _of_picture(config, record, asked)
     if not asked:
@@ -70,8 +70,13 @@ def lora_hashes(loras: Sequence[LoRAChoice]) -> list[str]:
     return [f"Lora hashes: {quoted(hashes)}"] if hashes else []
 
 
-def _parsed(text: str) -> tuple[Path, float | None]:
-    """PATH or PATH:SCALE. Raises UsageError or WeightsError."""
+def with_strength(text: str) -> tuple[Path, float | None]:
+    """Take "PATH" or "PATH:SCALE" apart; None if there is no scale.
+
+    Raises:
+        UsageError: the scale is no finite number.
+        WeightsError: there is no such file.
+    """
     path, colon, scale = text.rpartition(":")
     if not colon or Path(text).exists():
         path, scale = text, "1"
@@ -80,9 +85,9 @@ def _parsed(text: str) -> tuple[Path, float | None]:
     except ValueError:
         strength = math.nan
     if not math.isfinite(strength):
-        raise UsageError(f"--lora {text}: expected PATH or PATH:SCALE, such as style.safetensors:0.8.")
+        raise UsageError(f"LoRA {text}: expected PATH or PATH:SCALE, such as style.safetensors:0.8.")
     if not Path(path).exists():
-        raise WeightsError(f"--lora {path}: no such file.")
+        raise WeightsError(f"LoRA {path}: no such file.")
     return Path(path), None if path == text else strength
 
 

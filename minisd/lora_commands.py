@@ -20,6 +20,7 @@ from minisd.errors import UsageError, WeightsError
 from minisd.families import Family, meta_networks, network_on_meta
 from minisd.hub import resolve_model
 from minisd.lora import bake_lora, lora_parameters, merge_lora
+from minisd.lora_choice import with_strength
 from minisd.lora_dialects import FLUX
 from minisd.lora_info import base_model_version
 from minisd.lora_layers import LoRAWeights
@@ -27,7 +28,7 @@ from minisd.lora_options import Convert, Merge, Resize
 from minisd.lora_raw import read_raw
 from minisd.lora_reader import LoRA, add_lora_to, family_name, load_lora
 from minisd.lora_resize import Kept, concatenate, resize
-from minisd.lora_writer import LoRAFormat, Parts, save_lora
+from minisd.lora_writer import Parts, save_lora
 from minisd.model_files import read_json
 from minisd.model_folder import networks_in
 from minisd.model_writer import write_model_folder
@@ -45,21 +46,22 @@ _FAMILIES: Mapping[int | str | None, Family] = {768: "sd1", 1024: "sd2", 2048: "
 def convert(options: Convert) -> None:
     """Write a LoRA file in another layout."""
     _check_free(options.output, overwrite=options.overwrite)
-    networks = _networks_for(options.file, options.model)
+    networks = _networks_for(options.file, options.model, variant=options.variant)
     lora = load_lora(options.file, networks, allow_partial=options.allow_partial)
-    _write(options.output, _with_family(lora, networks), options.lora_format, options.dtype)
+    _write(options, _with_family(lora, networks))
 
 
 def merge(options: Merge) -> None:
     """Add up LoRA files, into one or into a model."""
-    scaled = [_with_scale(text) for text in options.files]
+    asked = [with_strength(text) for text in options.files]
+    scaled = [(path, 1.0 if strength is None else strength) for path, strength in asked]
     if not scaled:
-        raise UsageError("merge: expected at least one FILE or FILE:SCALE.")
+        raise UsageError("merge: expected at least one PATH or PATH:SCALE.")
     if options.output.suffix != ".safetensors":
         _merge_into_model(options, scaled)
         return
     _check_free(options.output, overwrite=options.overwrite)
-    networks = _networks_for(scaled[0][0], options.model)
+    networks = _networks_for(scaled[0][0], options.model, revision=options.revision, variant=options.variant)
     loras = [load_lora(path, networks, allow_partial=options.allow_partial) for path, _ in scaled]
     try:
         parts = _added_up([(lora.parts, scale) for lora, (_, scale) in zip(loras, scaled, strict=True)])
@@ -67,9 +69,6 @@ def merge(options: Merge) -> None:
         raise UsageError(f"merge: {error}. Merge it into its model instead: --output FOLDER --model MODEL.") from error
     if options.rank is not None:
         parts = _resized(parts, options.rank)
-    embeddings = {token: vectors for lora in loras for token, vectors in lora.embeddings.items()}
-    if len(embeddings) != sum(len(lora.embeddings) for lora in loras):
-        raise UsageError("merge: two of the files have embeddings of the same token. Use them one at a time.")
     info = replace(
         loras[0].info,
         trigger=", ".join(dict.fromkeys(lora.info.trigger for lora in loras if lora.info.trigger)),
@@ -79,17 +78,15 @@ def merge(options: Merge) -> None:
         seed=None,
         recipe={"merged": [{"file": path.name, "scale": scale} for path, scale in scaled]},
     )
-    merged = _with_family(LoRA(parts, embeddings, info), networks)
-    _write(options.output, merged, options.lora_format, options.dtype)
+    _write(options, _with_family(LoRA(parts, _all_embeddings(loras), info), networks))
 
 
 def resize_file(options: Resize) -> None:
     """Bring a LoRA file to a lower rank."""
     _check_free(options.output, overwrite=options.overwrite)
-    networks = _networks_for(options.file, options.model)
+    networks = _networks_for(options.file, options.model, variant=options.variant)
     lora = load_lora(options.file, networks)
-    resized = replace(lora, parts=_resized(lora.parts, options.rank))
-    _write(options.output, _with_family(resized, networks), options.lora_format, options.dtype)
+    _write(options, _with_family(replace(lora, parts=_resized(lora.parts, options.rank)), networks))
 
 
 def _merge_into_model(options: Merge, scaled: Sequence[tuple[Path, float]]) -> None:
@@ -99,12 +96,17 @@ def _merge_into_model(options: Merge, scaled: Sequence[tuple[Path, float]]) -> N
     if options.rank is not None:
         raise UsageError("merge: --rank is for a merged LoRA file; a model has no rank.")
     _check_free(options.output, overwrite=False)
-    model = load_model(options.model)  # in float32: rounded once, at the end
+    model = load_model(  # in float32: rounded once, at the end
+        options.model,
+        revision=options.revision,
+        variant=options.variant,
+        prediction_type=options.prediction_type,
+    )
     networks = model.networks()
-    for index, (path, scale) in enumerate(scaled):
-        lora = load_lora(path, networks, allow_partial=options.allow_partial)
+    loras = [load_lora(path, networks, allow_partial=options.allow_partial) for path, _ in scaled]
+    embeddings = _embedding_files(options.output, _all_embeddings(loras), overwrite=False)
+    for index, (lora, (_, scale)) in enumerate(zip(loras, scaled, strict=True)):
         add_lora_to(networks, lora, name=f"lora{index}", lora_scale=scale)
-        _write_embeddings(options.output, lora.embeddings, overwrite=False)
     for network in networks.values():
         if lora_parameters(network):
             merge_lora(network)
@@ -114,9 +116,12 @@ def _merge_into_model(options: Merge, scaled: Sequence[tuple[Path, float]]) -> N
         model.vae.to(getattr(torch, options.dtype))
     write_model_folder(model, options.output)
     log.info("wrote %s, a model folder", options.output)
+    _write_embeddings(embeddings)
 
 
-def _networks_for(path: Path, model: str | None) -> dict[str, nn.Module]:
+def _networks_for(
+    path: Path, model: str | None, *, variant: str | None, revision: str | None = None
+) -> dict[str, nn.Module]:
     """The networks a LoRA is for, without weights: they say what its names mean.
 
     Raises:
@@ -134,7 +139,7 @@ def _networks_for(path: Path, model: str | None) -> dict[str, nn.Module]:
         if not name.startswith("pocket"):
             raise UsageError(f"{path}: its family is {name}. Say with --model what it is for.")
         model = "pocket"
-    source = resolve_model(model)
+    source = resolve_model(model, revision=revision, variant=variant)
     if source.is_file():
         return meta_networks(identify(source, "epsilon")[0])  # what it predicts changes no name
     networks = {}
@@ -155,10 +160,11 @@ def _with_family(lora: LoRA, networks: Mapping[str, nn.Module]) -> LoRA:
     info = replace(lora.info, rank=rank, alpha=alpha)
     unet = networks["unet"]
     assert isinstance(unet, UNet2DConditionModel)
-    version = base_model_version(unet.config.cross_attention_dim, info.prediction_type)
-    # Not for SD 2.x, unless the header says what it predicts: the version would say so.
-    if info.base_model_version in ("", "unknown") and (version != "sd_v2" or info.prediction_type):
-        info = replace(info, base_model_version=version)
+    said, version = info.base_model_version, base_model_version(unet.config.cross_attention_dim, info.prediction_type)
+    # The weights fit these networks, so a header that names another family is wrong.
+    if version != "unknown" and _FAMILIES.get(said, said) != _FAMILIES.get(version, version):
+        # Of SD 2.x the version also says what it predicts.
+        info = replace(info, base_model_version="" if version == "sd_v2" and not info.prediction_type else version)
     return replace(lora, info=info)
 
 
@@ -196,46 +202,56 @@ def _resized(parts: Parts, rank: int) -> dict[str, dict[str, LoRAWeights]]:
     return resized
 
 
-def _with_scale(text: str) -> tuple[Path, float]:
-    """FILE or FILE:SCALE. Raises UsageError."""
-    path, colon, scale = text.rpartition(":")
-    if not colon or Path(text).exists():
-        return Path(text), 1.0
-    try:
-        strength = float(scale)
-    except ValueError:
-        strength = math.nan
-    if not math.isfinite(strength):
-        raise UsageError(f"{text}: expected FILE or FILE:SCALE, such as style.safetensors:0.8.")
-    return Path(path), strength
-
-
 def _check_free(output: Path, *, overwrite: bool) -> None:
     if output.exists() and (output.is_dir() or not overwrite):
         allowed = "" if output.is_dir() else ", or --overwrite"
         raise UsageError(f"{output} is there already. Choose another --output{allowed}.")
 
 
-def _write(output: Path, lora: LoRA, lora_format: LoRAFormat, dtype: str | None) -> None:
+def _write(options: Convert | Merge | Resize, lora: LoRA) -> None:
     """Write the file, and beside it the embeddings, for which LoRA files have no common place."""
+    output, dtype = options.output, options.dtype
+    embeddings = _embedding_files(output.with_suffix(""), lora.embeddings, overwrite=options.overwrite)
     try:
         save_lora(
             output,
             lora.parts,
             lora.info,
             dtype=None if dtype is None else getattr(torch, dtype),
-            lora_format=lora_format,
+            lora_format=options.lora_format,
         )
     except ValueError as error:
         raise UsageError(f"{output}: {error}.") from error
     log.info("wrote %s", output)
-    _write_embeddings(output.with_suffix(""), lora.embeddings, overwrite=True)
+    _write_embeddings(embeddings)
 
 
-def _write_embeddings(stem: Path, embeddings: Mapping[str, Tensor], *, overwrite: bool) -> None:
-    """Write each token's vectors into a textual inversion file of its own, as diffusers and A1111 read it."""
+def _all_embeddings(loras: Sequence[LoRA]) -> dict[str, Tensor]:
+    """Token -> its vectors. Raises UsageError if two files have the same token."""
+    embeddings = {token: vectors for lora in loras for token, vectors in lora.embeddings.items()}
+    if len(embeddings) != sum(len(lora.embeddings) for lora in loras):
+        raise UsageError("merge: two of the files have embeddings of the same token. Use them one at a time.")
+    return embeddings
+
+
+def _embedding_files(
+    stem: Path, embeddings: Mapping[str, Tensor], *, overwrite: bool
+) -> dict[Path, tuple[str, Tensor]]:
+    """Choose a file for each token's vectors, of a name that any disk takes. Raises UsageError if one is there."""
+    files: dict[Path, tuple[str, Tensor]] = {}
     for token, vectors in embeddings.items():
-        path = stem.with_name(f"{stem.name}-{re.sub(r'[^A-Za-z0-9]+', '', token) or 'token'}.safetensors")
+        word = re.sub(r"[^A-Za-z0-9]+", "", token)[:60] or "token"
+        path = stem.with_name(f"{stem.name}-{word}.safetensors")
+        while path in files:  # tokens that differ in other characters only
+            word += "x"
+            path = stem.with_name(f"{stem.name}-{word}.safetensors")
         _check_free(path, overwrite=overwrite)
+        files[path] = token, vectors
+    return files
+
+
+def _write_embeddings(files: Mapping[Path, tuple[str, Tensor]]) -> None:
+    """Write textual inversion files, as diffusers and A1111 read them."""
+    for path, (token, vectors) in files.items():
         write_atomically(path, save({token: vectors.contiguous()}))
-        log.info("wrote %s, the embedding of %r", path, token)
+        log.info("wrote %s, the embedding of %r", path, token[:100])

@@ -18,7 +18,7 @@ import re
 from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
-from minisd.lora_positional import parse_positional
+from minisd.lora_positional import numbered_layer, parse_positional
 
 PEFT_PREFIX = "base_model.model."
 FLUX = "FLUX or SD 3"  # a family that is not supported
@@ -58,7 +58,8 @@ _NETWORKS = {
 }
 _TEXT_WITHOUT_PREFIX = ("text_model.", "encoder.layers.")
 
-# In a key -> what it is. None of these is the product of two matrices, so loading a part would change the picture.
+# In a key with a dot behind it -> what it is. None of these is the product of two matrices, so loading a part would
+# change the picture.
 _UNSUPPORTED = {
     "hada_": "LyCORIS LoHa",
     "lokr_": "LyCORIS LoKr",
@@ -67,7 +68,8 @@ _UNSUPPORTED = {
     "oft_": "OFT",
     "glora": "GLoRA",
     ".a1.weight": "GLoRA",
-    ".diff": "a full difference of weights",
+    ".diff.": "a full difference of weights",
+    ".diff_b.": "a full difference of weights",
     ".w_norm": "a difference of norms",
     "lora_embedding": "a LoRA of embeddings",
     ".lora_B.bias": "a LoRA with biases",
@@ -92,6 +94,11 @@ class LoRAModule(NamedTuple):
     def numbered(self) -> bool:
         """Whether the name is a number, as cloneofsimo/lora has it."""
         return len(self.name) <= 6 and self.name.isdecimal()
+
+    @property
+    def ending(self) -> str:
+        """Its name; of a numbered module, as much of its end as the number tells without the model."""
+        return numbered_layer(self.part, int(self.name)) if self.numbered else self.name
 
 
 def parse_key(key: str) -> tuple[LoRAModule, str] | None:
@@ -126,7 +133,7 @@ def flat_name(part: str, module: str) -> str:
 
 def unsupported(keys: Iterable[str]) -> str | None:
     """Name the kind of a file that has more, or other things, than plain LoRA and DoRA."""
-    return next((kind for key in keys for mark, kind in _UNSUPPORTED.items() if mark in key), None)
+    return next((kind for key in keys for mark, kind in _UNSUPPORTED.items() if mark in f"{key}."), None)
 
 
 def family_by_keys(keys: Collection[str]) -> str | None:
@@ -143,8 +150,6 @@ def family_by_keys(keys: Collection[str]) -> str | None:
 
 def target_names(modules: Collection[str]) -> tuple[str, ...]:
     """What a run probably called its targets: the ends of the paths, below the block they repeat in."""
-    numbered = (
-        r"(transformer_blocks|attentions|resnets|down_blocks|up_blocks|input_blocks_\d+|output_blocks_\d+)[._]\d+"
-    )
+    numbered = r"(transformer_blocks|attentions|resnets|(down|up)_blocks|(input|output)_blocks_\d+|middle_block)[._]\d+"
     block = re.compile(rf"^(.*[._])?(attn[12]|{numbered}|layers[._]\d+[._](self_attn|mlp))[._]")
-    return tuple(sorted({block.sub("", module) for module in modules if not module.isdigit()}))
+    return tuple(sorted({block.sub("", module) for module in modules}))

@@ -21,7 +21,7 @@ _KOHYAS = ("ss_sd_model_name", "ss_network_module", "ss_network_args", "ss_optim
            "ss_epoch", "ss_max_train_steps", "ss_total_batch_size", "ss_gradient_accumulation_steps",
            "ss_mixed_precision", "ss_resolution", "ss_clip_skip", "ss_noise_offset", "ss_min_snr_gamma",
            "ss_caption_dropout_rate", "ss_training_comment")  # fmt: skip
-_BLOCK = re.compile(r"(?:(down|up)_blocks|(input|output)_blocks|mid_block|middle_block|layers)(?:[._](\d{1,4}))?")
+_BLOCK = re.compile(r"(?:(down|up)_blocks|(input|output)_blocks|mid_block|middle_block)(?:[._](\d{1,4}))?")
 _LAYERS_IN_BLOCK = 9  # of a numbered file: a transformer block
 _LONGEST = 300
 
@@ -44,9 +44,7 @@ def _facts(raw: RawLoRA) -> dict[str, str]:
     return {
         "file": f"{raw.path.name}, {raw.path.stat().st_size} bytes",
         "base model": info.base_model or "not said",
-        "base family": family_name(raw.guess)
-        if info.base_model_version in ("", "unknown")
-        else info.base_model_version,
+        "base family": _family(raw, info.base_model_version),
         "modules": ", ".join(f"{count} in {part}" for part, count in networks.items())
         + (f"; {doras} of them DoRA" if doras else ""),
         "rank": _counted(f"{lora.rank}" for lora in raw.modules.values()),
@@ -59,6 +57,12 @@ def _facts(raw: RawLoRA) -> dict[str, str]:
         "steps": "not said" if info.steps is None else f"{info.steps}",
         **({"keys of no known meaning": some(raw.unknown)} if raw.unknown else {}),
     }
+
+
+def _family(raw: RawLoRA, said: str) -> str:
+    """What the weights are for, by their sizes; and what the header says, where that is not the same word."""
+    family = family_name(raw.guess)
+    return family if said in ("", "unknown", family) else f"{family}; its header says {said}"
 
 
 def _counted(values: Iterable[str]) -> str:

@@ -40,6 +40,8 @@ class Convert:
     """Of the weights; if not given, as they are."""
     model: str | None = None
     """What the LoRA is for: a folder, a file, a repo id or "pocket". Needed where the LoRA does not show its family."""
+    variant: str | None = None
+    """Of that model's files, such as fp16."""
     allow_partial: bool = False
     """Leave out what has no place in the model, instead of refusing the file."""
     overwrite: bool = False
@@ -53,12 +55,18 @@ class Merge:
     """
 
     files: tyro.conf.Positional[tuple[str, ...]]
-    """FILE or FILE:SCALE, such as style.safetensors:0.8. A scale may be negative."""
+    """PATH or PATH:SCALE, such as style.safetensors:0.8. A scale may be negative."""
     output: Path
     """The .safetensors file or the folder to write."""
     model: str | None = None
     """The model to merge into: a folder, a file, a repo id or "pocket". With a .safetensors file as OUTPUT: what the
     LoRAs are for, where they do not show it."""
+    revision: str | None = None
+    """Of the model's repository: branch, tag or commit."""
+    variant: str | None = None
+    """Of the model's files, such as fp16."""
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    """What the model predicts, for a single file that does not say."""
     rank: int | None = None
     """Bring the merged LoRA to this rank, which loses something; if not given, the ranks add up."""
     lora_format: Literal["kohya", "peft"] = "kohya"
@@ -87,6 +95,8 @@ class Resize:
     """Of the weights; if not given, as they are."""
     model: str | None = None
     """What the LoRA is for: a folder, a file, a repo id or "pocket". Needed where the LoRA does not show its family."""
+    variant: str | None = None
+    """Of that model's files, such as fp16."""
     overwrite: bool = False
     """Replace a file that is there."""
 

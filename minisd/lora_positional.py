@@ -31,9 +31,10 @@ def parse_positional(key: str) -> tuple[str, str, str] | None:
     return None if found is None else (found[1], str(int(found[2])), found[3])
 
 
-def reads_prompts(number: int) -> bool:
-    """Whether this layer of a UNet is a key or value projection of the attention over the prompt."""
-    return _IN_BLOCK[number % len(_IN_BLOCK)] in ("attn2.to_k", "attn2.to_v")
+def numbered_layer(part: str, number: int) -> str:
+    """What the layer of this number is called within its block: for example "attn2.to_k" of a UNet."""
+    names = _IN_BLOCK if part == "unet" else _IN_LAYER
+    return names[number % len(names)]
 
 
 def numbered_layers(part: str, paths: Iterable[str]) -> list[str]:

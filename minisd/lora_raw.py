@@ -15,7 +15,7 @@ from minisd.errors import WeightsError
 from minisd.lora_dialects import FLUX, PEFT_PREFIX, LoRAModule, family_by_keys, flat_name, parse_key, unsupported
 from minisd.lora_layers import LoRAWeights
 from minisd.lora_peft import CONFIG_FIELD, config_of, peft_alpha
-from minisd.lora_positional import check_kinds, embedding_tokens, reads_prompts
+from minisd.lora_positional import check_kinds, embedding_tokens
 from minisd.model_files import CONVERT_HINT, Header, read_header, read_json, read_tensors
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -66,8 +66,7 @@ def read_raw(path: Path) -> RawLoRA:
         _check_numbered(path, header)
     wanted = [*(key for keys in grouped.values() for key in keys.values()), *tokens]
     tensors = {key: _checked(path, key, tensor) for key, tensor in read_tensors(path, wanted)}
-    alpha_of = _alphas(path, header)
-    modules = {module: _weights(path, module, keys, tensors, alpha_of) for module, keys in grouped.items()}
+    modules = _modules(path, grouped, tensors, _alphas(path, header))
     embeddings = {token: _vectors(path, token, tensors[token]) for token in sorted(tokens)}
     return RawLoRA(path, modules, embeddings, unknown, header.metadata, _guess(header, modules))
 
@@ -105,7 +104,8 @@ def _grouped(path: Path, header: Header, tokens: set[str]) -> tuple[dict[LoRAMod
             raise WeightsError(f"{path}: {key[:100]!r} is there twice, under two names. Get the file again.")
         keys[piece] = key
     if not modules:
-        raise WeightsError(f"{path}: not a LoRA that can be read, keys of no known meaning: {some(unknown)}.")
+        what = f"not a LoRA that can be read, keys of no known meaning: {some(unknown)}"
+        raise WeightsError(f"{path}: {what}. A model is passed with --model.")
     halves = [module.label for module, keys in modules.items() if not {"down", "up"} <= keys.keys()]
     if halves:
         raise WeightsError(f"{path}: incomplete, down or up is missing in modules: {some(halves)}. Download it again.")
@@ -130,27 +130,43 @@ def _checked(path: Path, key: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _weights(
+def _modules(
     path: Path,
+    grouped: Mapping[LoRAModule, Mapping[str, str]],
+    tensors: Mapping[str, Tensor],
+    alpha_of: Callable[[LoRAModule, int, bool], float],
+) -> dict[LoRAModule, LoRAWeights]:
+    """Put the tensors of all modules together. Raises WeightsError, which counts those that are none."""
+    modules: dict[LoRAModule, LoRAWeights] = {}
+    faults: dict[str, Exception] = {}
+    for module, keys in grouped.items():
+        try:
+            modules[module] = _weights(module, keys, tensors, alpha_of)
+        except (ValueError, RuntimeError, OverflowError) as error:
+            faults[module.label] = error
+    if faults:
+        first = next(iter(faults.values()))
+        raise WeightsError(f"{path}: cannot be used: {some(list(faults))}: {first}. Get the file again.") from first
+    return modules
+
+
+def _weights(
     module: LoRAModule,
     keys: Mapping[str, str],
     tensors: Mapping[str, Tensor],
     alpha_of: Callable[[LoRAModule, int, bool], float],
 ) -> LoRAWeights:
-    """Put a module's tensors together. Raises WeightsError."""
+    """Put a module's tensors together. Raises ValueError, RuntimeError or OverflowError if they are no LoRA."""
     for piece in ("down", "up"):
         shape = list(tensors[keys[piece]].shape)
         if len(shape) not in (2, 4):
-            raise WeightsError(f"{path}: {keys[piece][:100]!r} is no weight, its shape is {shape}. Get the file again.")
+            raise ValueError(f"{keys[piece][:100]!r} is no weight, its shape is {shape}")
     down, up = tensors[keys["down"]], tensors[keys["up"]]
     magnitude = tensors[keys["magnitude"]] if "magnitude" in keys else None
-    try:
-        if magnitude is not None:
-            magnitude = _by_output(keys["magnitude"], magnitude, len(up))
-        alpha = tensors[keys["alpha"]] if "alpha" in keys else alpha_of(module, len(down), magnitude is not None)
-        return LoRAWeights(down, up, float(alpha), magnitude)
-    except (ValueError, RuntimeError, OverflowError) as error:
-        raise WeightsError(f"{path}: {module.label[:140]!r}: {error}. Get the file again.") from error
+    if magnitude is not None:
+        magnitude = _by_output(keys["magnitude"], magnitude, len(up))
+    alpha = tensors[keys["alpha"]] if "alpha" in keys else alpha_of(module, len(down), magnitude is not None)
+    return LoRAWeights(down, up, float(alpha), magnitude)
 
 
 def _by_output(key: str, magnitude: Tensor, out: int) -> Tensor:
@@ -204,12 +220,7 @@ def _guess(header: Header, modules: Mapping[LoRAModule, LoRAWeights]) -> str | i
     widths = {
         lora.down.shape[1]
         for module, lora in modules.items()
-        if module.part == "unet"
-        and (
-            reads_prompts(int(module.name))
-            if module.numbered
-            else flat_name("unet", module.name).endswith(("attn2_to_k", "attn2_to_v"))
-        )
+        if module.part == "unet" and flat_name("unet", module.ending).endswith(("attn2_to_k", "attn2_to_v"))
     }
     said = header.metadata.get("ss_base_model_version")
     return widths.pop() if len(widths) == 1 else by_keys or (None if said == "unknown" else said)

@@ -102,7 +102,7 @@ def info_of(raw: RawLoRA, parts: Mapping[str, Collection[str]] | None = None) ->
     sizes = Counter((lora.rank, lora.alpha) for lora in raw.modules.values())
     rank, alpha = sizes.most_common(1)[0][0]
     if parts is None:
-        parts = {part: [module.name for module in raw.modules if module.part == part] for part, _ in raw.modules}
+        parts = {part: [module.ending for module in raw.modules if module.part == part] for part, _ in raw.modules}
     try:
         targets = target_names(parts.get("unet") or next(iter(parts.values())))
         return from_header(raw.metadata, rank=rank, alpha=alpha, targets=targets)

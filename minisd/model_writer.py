@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minisd.atomic import delete, staging_name, sync_folder, write_synced
-from minisd.errors import DiskError, UsageError
+from minisd.errors import DiskError, NonFiniteError, UsageError
 from minisd.families import network_on_meta
 from minisd.model_folder import STEMS, tokenizer_of
 from minisd.single_file import TOKENIZER
@@ -26,10 +26,11 @@ def write_model_folder(model: StableDiffusion, folder: Path) -> None:
 
     Args:
         model: from a folder or a single file; with merged adapters, or none.
-        folder: must not exist, its parent must.
+        folder: must not exist; the folders it is to be in are made.
 
     Raises:
         UsageError: the folder exists, or the model has learned words, which have no place in a folder.
+        NonFiniteError: a weight is NaN or infinite, as after a cast to a dtype it is too large for.
         DiskError: it cannot be written.
     """
     if folder.exists():
@@ -66,6 +67,11 @@ def _state(part: str, network: nn.Module, model: StableDiffusion) -> dict[str, T
     grown = [key for key, tensor in state.items() if tensor.shape != expected[key].shape]
     if grown:
         raise UsageError(f"words that were learned cannot be saved in a model folder ({grown[0]} has grown).")
+    for key, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise NonFiniteError(
+                f"model not written: {part}.{key} has values that are NaN or too large for {tensor.dtype}."
+            )
     return {_hub_key(part, key): tensor.contiguous() for key, tensor in state.items()}
 
 

@@ -37,7 +37,7 @@ class LoRARecord:
 class Origin:
     """What a picture depends on beside options and LoRAs."""
 
-    model_id: str  # a commit on the Hub, or "sha256:" and a hash of the UNet's weights
+    model_id: str  # a commit on the Hub, or "sha256:" and a hash of the weights of UNet, VAE and text encoders
     init_image_sha256: str  # of the file; empty if there was none
     torch: str  # version
     device: str  # "cpu", or the name of a GPU

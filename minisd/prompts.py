@@ -17,7 +17,7 @@ def parse_weights(prompt: str) -> list[tuple[str, float]]:
     are text like any other; `\(` and `\)` are brackets that never begin or end a group.
 
     Raises:
-        UsageError: a weight is beyond 10 in size.
+        UsageError: a weight is beyond 10 in size, those of nested groups multiplied.
     """
     pieces: list[tuple[str, float]] = []
     opened: list[int] = []  # where in pieces each bracket is that is still open
@@ -25,11 +25,13 @@ def parse_weights(prompt: str) -> list[tuple[str, float]]:
         text, number = token[0], token[1]
         if number is not None and opened:
             start, weight = opened.pop(), float(number)
-            if abs(weight) > _MAX_WEIGHT:
-                raise UsageError(
-                    f"the weight {number[:20]} in the prompt: expected -{_MAX_WEIGHT:g} to {_MAX_WEIGHT:g}."
-                )
             pieces[start:] = [(inner, outer * weight) for inner, outer in pieces[start + 1 :]]
+            heaviest = max(abs(value) for value in (weight, *(value for _, value in pieces[start:])))
+            if heaviest > _MAX_WEIGHT:
+                raise UsageError(
+                    f"a weight of {heaviest:g} in the prompt: expected -{_MAX_WEIGHT:g} to {_MAX_WEIGHT:g}, those of "
+                    "nested groups multiplied."
+                )
             continue
         if text == "(":
             opened.append(len(pieces))

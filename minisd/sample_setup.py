@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from minisd.config import DEFAULT_MODEL
+from minisd.data import sha256_of_picture
 from minisd.errors import UsageError, one_line
-from minisd.images import open_regular
 from minisd.lora_choice import LoRAChoice
 from minisd.lora_info import public_name
+from minisd.lora_layers import LoRALayer
 from minisd.lora_reader import add_lora_to, load_lora, read_lora_info
 from minisd.picture_record import PictureRecord
 from minisd.sample_config import SampleConfig
@@ -29,23 +30,33 @@ _STRENGTH = 0.8  # of image to image, as in diffusers
 
 
 def checked_init_image(config: SampleConfig, again: PictureRecord | None) -> str:
-    """The SHA-256 of --init-image, or "". Raises UsageError if the picture to repeat began with another one."""
-    found = ""
-    if config.init_image is not None:
-        with open_regular(config.init_image.resolve()) as file:
-            found = hashlib.sha256(file.read()).hexdigest()
+    """The SHA-256 of --init-image, or "".
+
+    Raises:
+        UsageError: the picture to repeat began with another one, or --strength is given and there is none.
+        DataError: it cannot be read.
+    """
+    found = "" if config.init_image is None else sha256_of_picture(config.init_image.resolve())
     if again is not None and again.origin.init_image_sha256 not in ("", found):
         raise UsageError(
             f"--from-png {config.from_png}: it was drawn from a picture (sha256 {again.origin.init_image_sha256[:10]})."
             " Give that one with --init-image."
         )
+    if config.strength is not None and not found:
+        raise UsageError("--strength says how far to go from a picture. Give --init-image, or leave it out.")
     return found
 
 
 def prepared_model(
     config: SampleConfig, loras: Sequence[LoRAChoice], again: PictureRecord | None
 ) -> tuple[StableDiffusion, list[tuple[str, ...]]]:
-    """Load the model and put the LoRAs into it; also returns the parts of the model that each of them adapts."""
+    """Load the model and put the LoRAs into it; also returns the parts of the model that each of them adapts.
+
+    Raises:
+        UsageError: the model of the picture to repeat is not here, or a LoRA's words or schedule do not suit the model.
+        WeightsError: the model or a LoRA cannot be read, or they do not fit together.
+        NetworkError: the model has to be downloaded, and cannot be.
+    """
     infos = [read_lora_info(lora.path) for lora in loras]
     named = [info.base_model for info in infos if info.base_model]
     name = config.model if config.model is not None else named[0] if named else DEFAULT_MODEL
@@ -83,6 +94,24 @@ def prepared_model(
     if config.compile:
         compile_networks(model)
     return model, parts
+
+
+@contextmanager
+def merged_doras(model: StableDiffusion) -> Iterator[None]:
+    """Put DoRAs into the weights for a while: the same bits, and not every network call computes their norms anew."""
+    layers = [
+        layer
+        for network in model.networks().values()
+        for layer in network.modules()
+        if isinstance(layer, LoRALayer) and any(adapter.magnitude is not None for adapter in layer.active)
+    ]
+    for layer in layers:
+        layer.merge()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.unmerge()
 
 
 def compile_networks(model: StableDiffusion) -> None:

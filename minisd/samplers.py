@@ -104,7 +104,7 @@ def sample_loop(
         name: one of SAMPLERS.
         model: the network, guidance included.
         noise: standard normal, [B, 4, h, w].
-        schedule: of the model, on the device of `noise`.
+        schedule: of the model, on any device; on the CPU it costs a GPU the least.
         num_inference_steps: steps of the whole way, from 1.
         image_latents: pictures to begin with, scaled, in the shape and dtype of `noise`: image to image. None: text to
             image.

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -149,7 +147,8 @@ def _conditionings(
     if embeddings.pooled is not None:
         # Of the picture as it was, its cut's top left corner, and the picture as it is: nothing was cut off.
         size = (settings.height, settings.width)
-        time_ids = torch.tensor([[*size, 0, 0, *size]]).to(parameter).repeat(batch_size, 1)  # [B, 6]
+        # In float32, as in training: bfloat16 has no 1025.
+        time_ids = torch.tensor([[*size, 0, 0, *size]] * batch_size, dtype=torch.float32, device=parameter.device)
 
     def told(index: int) -> Conditioning:
         one = slice(index, index + 1)
@@ -162,7 +161,7 @@ def _conditionings(
 
 @torch.no_grad()
 def decode(model: StableDiffusion, latents: Tensor, *, tiled: bool = False) -> Tensor:
-    """Decode latents [B, 4, h, w] one by one, to save memory: [B, 3, H, W] float32 in [0, 1] on the CPU.
+    """Decode latents [B, 4, h, w] one by one, to save memory: [B, 3, H, W] float32 in [0, 1], on the VAE's device.
 
     Args:
         model: its VAE may have another dtype than the latents.
@@ -170,57 +169,4 @@ def decode(model: StableDiffusion, latents: Tensor, *, tiled: bool = False) -> T
         tiled: decode what is larger than the model's own size in tiles of that size.
     """
     way = partial(decode_tiled, model.vae, tile_size=native_size(model)) if tiled else None
-    return torch.cat([latents_to_images(model.vae, single, way).cpu() for single in latents.split(1)])
-
-
-# Names of samplers in A1111, and whether it lets their noise levels be spaced in several ways.
-_A1111_SAMPLERS = {
-    "ddpm": ("DDPM", False),
-    "ddim": ("DDIM", False),
-    "pndm": ("PLMS", False),
-    "euler": ("Euler", True),
-    "euler-a": ("Euler a", True),
-    "heun": ("Heun", True),
-    "dpm++2m": ("DPM++ 2M", True),
-    "dpm++2m-sde": ("DPM++ 2M SDE", True),
-    "unipc": ("UniPC", False),
-    "lcm": ("LCM", False),
-}
-
-
-def parameters_text(settings: SamplingSettings, prompt: str, seed: int, model: str, details: Sequence[str] = ()) -> str:
-    """How a picture was drawn, in the form that A1111 writes into a PNG's "parameters", and reads back.
-
-    Line breaks in prompts become spaces, which mean the same to CLIP: a line of a prompt that begins with "Negative
-    prompt:" would be taken for one.
-
-    Args:
-        settings: how.
-        prompt: what was drawn.
-        seed: of the picture.
-        model: its name; of a path the last component is written.
-        details: more of it, "Name: value", in `quoted` where needed.
-    """
-    sampler, spaced = _A1111_SAMPLERS[settings.scheduler]
-    schedule = "Karras" if settings.karras else "Uniform" if spaced else None
-    fields = {
-        "Steps": settings.num_inference_steps,
-        "Sampler": sampler,
-        "Schedule type": schedule,
-        "CFG scale": f"{settings.guidance_scale:g}",
-        "Seed": seed,
-        "Size": f"{settings.width}x{settings.height}",
-        "Model": quoted(Path(model).stem if model.endswith(".safetensors") else Path(model).name),
-        "Denoising strength": f"{settings.strength:g}" if settings.strength < 1 else None,
-        "Clip skip": settings.clip_skip + 1 if settings.clip_skip else None,  # it counts the layer that is read
-    }
-    said = [f"{name}: {value}" for name, value in fields.items() if value is not None]
-    lines = [" ".join(prompt.split())]
-    if settings.negative_prompt:
-        lines.append(f"Negative prompt: {' '.join(settings.negative_prompt.split())}")
-    return "\n".join([*lines, ", ".join([*said, *details, "Version: minisd"])])
-
-
-def quoted(value: str) -> str:
-    """A value as it stands, or in quotation marks where A1111 would misread it."""
-    return json.dumps(value, ensure_ascii=False) if any(mark in value for mark in ',:\n"') else value
+    return torch.cat([latents_to_images(model.vae, single, way) for single in latents.split(1)])

@@ -86,7 +86,10 @@ def load_networks(
     strangers = [name for name in read_header(path).tensors if network_of(name) not in ("", *configs.networks)]
     if strangers:
         shown = ", ".join(name[:100] for name in strangers[:5])
-        raise WeightsError(f"{path}: {len(strangers)} tensors that are of no network of this model: {shown}. {_WHOLE}.")
+        raise WeightsError(
+            f"{path}: {len(strangers)} tensors that are of no network of this model: {shown}. Choose a file without "
+            "them, or a folder in diffusers layout."
+        )
     networks = {}
     for part in sorted(configs.networks, key=["text_encoder", "text_encoder_2", "vae", "unet"].index):
         network = network_on_meta(part, configs.networks[part])

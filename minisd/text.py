@@ -170,8 +170,9 @@ class TextEncoder:
         self, clip: CLIP, pieces: Sequence[tuple[str, float]], clip_skip: int, chunks: int
     ) -> tuple[Tensor, Tensor]:
         """One caption through one network: [K T, E], and the pooled state of its first chunk [E]."""
-        if not 0 <= clip_skip < clip.layers - (len(self.clips) - 1):
-            raise UsageError(f"--clip-skip {clip_skip}: the text encoder has {clip.layers} layers.")
+        most = clip.layers - len(self.clips)  # XL reads one layer before the last as it is
+        if not 0 <= clip_skip <= most:
+            raise UsageError(f"--clip-skip {clip_skip}: expected 0 to {most}, of {clip.layers} layers.")
         size = self.max_tokens - 2
         tokens = [(token, weight) for text, weight in pieces for token in clip.tokens(text)]
         cut = [tokens[i * size : (i + 1) * size] for i in range(chunks)]
@@ -181,8 +182,9 @@ class TextEncoder:
             rows = [[1.0, *(weight for _, weight in chunk), *[1.0] * (size + 1 - len(chunk))] for chunk in cut]
             states = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
             weighted = states * torch.tensor(rows, dtype=states.dtype, device=states.device)[..., None]  # [K, T, E]
-            # A1111's rule: what the weights do to the mean of the whole prompt is undone.
-            hidden = (weighted * (states.mean() / weighted.mean())).to(hidden.dtype)
+            # A1111's rule: what the weights do to the mean of a chunk is undone.
+            before, after = (tensor.mean((1, 2), keepdim=True) for tensor in (states, weighted))  # [K, 1, 1] each
+            hidden = (weighted * (before / after)).to(hidden.dtype)
         return hidden.flatten(0, 1), pooled[0]
 
     def _chunks_of(self, clip: CLIP, pieces: Sequence[tuple[str, float]]) -> int:

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 
+from minisd.a1111_text import parameters_text
 from minisd.config import TrainConfig
 from minisd.data import with_trigger
 from minisd.distributed import Distributed, wait_for_all
 from minisd.images import save_png, to_pil
 from minisd.interruptions import StopRequest
-from minisd.sampling import SamplingSettings, decode, denoise, native_size, parameters_text
+from minisd.sampling import SamplingSettings, decode, denoise, native_size
 from minisd.weights import StableDiffusion
 
 

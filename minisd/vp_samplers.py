@@ -23,8 +23,9 @@ def _first_latents(walk: Walk, timesteps: Tensor) -> Tensor:
     """Return the noise, or the pictures with as much of it as the first timestep to visit has."""
     if walk.image_latents is None:
         return walk.noise
-    first = timesteps[walk.first_step : walk.first_step + 1].to(walk.noise.device)
-    return walk.schedule.add_noise(walk.image_latents, walk.noise, first)
+    device = walk.noise.device
+    first = timesteps[walk.first_step : walk.first_step + 1].to(device)
+    return walk.schedule.to(device).add_noise(walk.image_latents, walk.noise, first)
 
 
 def ddpm(model: Model, walk: Walk) -> Iterator[Tensor]:

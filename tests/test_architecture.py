@@ -96,6 +96,7 @@ PACKAGES: dict[str, set[str]] = {
     "minisd.sample_setup": {"torch"},
     "minisd.prompt_files": set(),
     "minisd.lora_choice": set(),
+    "minisd.a1111_text": set(),
     "minisd.picture_record": {"PIL"},
     "minisd.picture_text": {"torch"},
     "minisd.sweep_grid": {"PIL"},

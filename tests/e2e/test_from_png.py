@@ -83,6 +83,35 @@ def test_options_that_are_given_win(place):
     assert (other.model, other.revision) == ("other/model", None)
 
 
+def test_another_sampler_does_not_take_over_what_only_the_first_one_has(place):
+    words = "--model tiny --prompt cat --num-images 1 --num-inference-steps 3 --lora none"
+    (karras,) = draw(f"{words} --karras --timestep-spacing trailing", "a")
+    (noisy,) = draw(f"{words} --scheduler ddim --eta 0.5", "b")
+    for number, path in enumerate((karras, noisy)):
+        for name in ("lcm", "euler"):
+            (again,) = draw(f"--from-png {path} --scheduler {name}", f"{number} {name}")
+            (fresh,) = draw(f"{words} --scheduler {name}", f"{number} {name} fresh")
+            assert (pixels(again) == pixels(fresh)).all()
+
+
+def test_a_strength_without_a_picture_to_begin_with_is_refused(place):
+    (first,) = draw("--model tiny --prompt cat --num-images 1 --num-inference-steps 3 --lora none", "a")
+    with pytest.raises(UsageError, match=r"--strength .*Give --init-image"):
+        draw(f"--from-png {first} --strength 0.5", "b")
+
+
+def test_another_vae_in_the_same_folder_is_said(tiny_folder, place, caplog):
+    (place / "tiny").unlink()
+    shutil.copytree(tiny_folder, place / "tiny")
+    (first,) = draw("--model tiny --prompt cat --num-images 1 --num-inference-steps 3 --lora none", "a")
+    write_tiny_model(place / "new", seed=5)
+    draw(f"--from-png {first}", "b")
+    assert "the model was" not in caplog.text
+    shutil.copy(place / "new/vae/diffusion_pytorch_model.safetensors", place / "tiny/vae")
+    draw(f"--from-png {first}", "c")
+    assert "the model was 'sha256:" in caplog.text
+
+
 def test_a_lora_is_found_by_its_hash_and_a_wrong_one_refused(place, tiny_folder):
     (first,) = draw(
         "--model tiny --prompt cat --num-images 1 --num-inference-steps 3 --lora other.safetensors:0.5", "a"

@@ -152,9 +152,9 @@ def test_weights_are_read(prompt: str, pieces: list[tuple[str, float]]) -> None:
 
 
 def test_a_weight_beyond_sense_is_refused() -> None:
-    for number in ("11", "-11", "9" * 400):
+    for prompt in ("(a:11)", "(a:-11)", f"(a:{'9' * 400})", "((a:4) b:3)", "(" * 400 + "a" + ":10)" * 400):
         with pytest.raises(UsageError, match="expected -10 to 10"):
-            parse_weights(f"(a:{number})")
+            parse_weights(prompt)
 
 
 def test_a_weight_multiplies_the_states_of_its_tokens_and_keeps_the_mean(sd1: TinyModel) -> None:
@@ -165,6 +165,16 @@ def test_a_weight_multiplies_the_states_of_its_tokens_and_keeps_the_mean(sd1: Ti
     weights[2:4] = 1.3  # after the start mark and "the"
     expected = plain * weights[:, None]
     _same(weighted, expected * plain.mean() / expected.mean())
+
+
+def test_weights_touch_no_other_chunk_of_a_long_prompt(sd1: TinyModel) -> None:
+    """As in A1111, which keeps the mean chunk by chunk."""
+    text_encoder, rest = _load(sd1), "cat " * 75 + "the city"
+    plain = text_encoder([f"it {rest}"]).hidden_states
+    weighted = text_encoder([f"(it:1.5) {rest}"], weighted=True).hidden_states
+    _same(weighted[:, 77:], plain[:, 77:])
+    _same(weighted[:, :77].mean(), plain[:, :77].mean())
+    assert not torch.allclose(weighted[:, :77], plain[:, :77])
 
 
 def test_without_marks_weighted_and_plain_are_the_same_bits(sd1: TinyModel) -> None:

@@ -120,6 +120,16 @@ def test_a_download_that_fails_names_the_reason_and_leaves_no_half_file(
         assert is_the_repository(resolve_model(REPO), repository)  # a second try succeeds, without help
 
 
+def test_a_server_that_always_cuts_and_begins_anew_is_soon_given_up(
+    repository: TinyModel, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library itself would fetch the same half again until Python's stack is full."""
+    with fake_hub(repository.folder, REPO, "cut", TEXT) as served:
+        serve(served, monkeypatch)
+        assert "the download was cut again and again" in refusal(NetworkError, lambda: resolve_model(REPO))
+        assert served.requests.count(f"GET /{REPO}/resolve/{COMMIT}/{TEXT}") == 12
+
+
 def test_bytes_that_are_not_the_hubs_are_noticed_and_removed(
     repository: TinyModel, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

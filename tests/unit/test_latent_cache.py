@@ -270,3 +270,11 @@ def test_an_embedding_that_is_no_number_is_refused_and_the_others_kept(
     cache = TensorCache(tmp_path)
     kept = [caption_key(caption, "text") in cache for caption in (None, "good", "bad", "late")]
     assert kept == [True, True, False, False]
+
+
+def test_a_pooled_embedding_that_is_no_number_is_refused(tmp_path: Path, text_encoder: TextEncoder) -> None:
+    def spoiled(captions: list[str], *, chunks: int) -> TextEmbeddings:
+        return TextEmbeddings(text_encoder(captions, chunks=chunks).hidden_states, torch.full((1, 8), torch.inf))
+
+    with pytest.raises(NonFiniteError, match="is not finite"):
+        cache_captions(TensorCache(tmp_path), [], spoiled, "text", ALONE, chunks=1)  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from minisd.errors import run_script
 from minisd.lora import LoRAWeights, adaptable_layers
@@ -126,6 +127,7 @@ def test_inspect_counts_blocks_of_a_numbered_file_and_doras(
     )
     assert row(shown, "unet transformer block 1").split() == ["12", "9", "modules"]  # 9 layers, norm 4 each
     assert row(shown, "embeddings") == "<s1> [1, 4]"
+    assert row(shown, "targets") == "ff.net.0.proj, to_k, to_out.0, to_q, to_v"
     weights = LoRAWeights(torch.ones(1, 3), torch.ones(2, 1), 1.0, torch.ones(2))
     save_lora(tmp_path / "d.safetensors", {"unet": {"conv_in": weights}}, INFO)
     _, shown, _ = run("inspect", tmp_path / "d.safetensors")
@@ -170,21 +172,47 @@ def test_convert_finds_sdxl_in_the_keys_and_writes_the_embeddings_beside(
         f"lora_unet_{name}.lora_down.weight": torch.ones(1, 2048),
         f"lora_unet_{name}.lora_up.weight": torch.ones(640, 1),
     }
-    a, b = write(tmp_path / "a.safetensors", state), tmp_path / "b.safetensors"
+    a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    said = {"ss_base_model_version": "sd_v1"}  # wrong: the sizes count
+    write(a, state, said)
+    assert row(run("inspect", a)[1], "base family") == "SDXL (prompts 2048 wide); its header says sd_v1"
     assert run("convert", a, "--output", b)[0] == 0
     module = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k"
     assert {key.partition(".")[0] for key in load_file(b)} == {module}
     assert read_header(b).metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
 
-    layers = [path for path in adaptable_layers(networks["text_encoder"]) if "self_attn" in path]
-    numbers = {f"text_encoder:{i}:{piece}": torch.ones(*((32, 1) if piece == "up" else (1, 32)))
-               for i in range(len(layers)) for piece in ("up", "down")}  # fmt: skip
     vector = torch.arange(32.0)
-    c = write(tmp_path / "c.safetensors", numbers | {"<s/1>": vector}, {"<s/1>": "<embed>"})
+    c = with_words(tmp_path / "c.safetensors", networks, {"<s/1>": vector})
     assert run("convert", c, "--output", tmp_path / "d.safetensors", "--model", folder)[0] == 0
     assert {key: value.tolist() for key, value in load_file(tmp_path / "d-s1.safetensors").items()} == {
         "<s/1>": [vector.tolist()]
     }
+
+
+def with_words(path: Path, networks: dict[str, nn.Module], vectors: dict[str, Tensor]) -> Path:
+    """A numbered file that adapts the text encoder and brings words along."""
+    layers = [name for name in adaptable_layers(networks["text_encoder"]) if "self_attn" in name]
+    numbers = {f"text_encoder:{i}:{piece}": torch.ones(*((32, 1) if piece == "up" else (1, 32)))
+               for i in range(len(layers)) for piece in ("up", "down")}  # fmt: skip
+    return write(path, numbers | vectors, dict.fromkeys(vectors, "<embed>"))
+
+
+def test_no_embedding_is_lost_or_written_over(
+    folder: Path, networks: dict[str, nn.Module], tmp_path: Path, run: Run
+) -> None:
+    a = with_words(tmp_path / "a.safetensors", networks, {"<s1>": torch.ones(32), "<s-1>": torch.zeros(32)})
+    b, out = with_words(tmp_path / "b.safetensors", networks, {"<s1>": torch.ones(32)}), tmp_path / "out.safetensors"
+    assert run("convert", a, "--output", out, "--model", folder)[0] == 0
+    written = {key for file in tmp_path.glob("out-*.safetensors") for key in load_file(file)}
+    assert written == {"<s1>", "<s-1>"}
+    out.unlink()
+    code, _, err = run("convert", b, "--output", out, "--model", folder)
+    assert (code, "out-s1.safetensors is there already" in err, out.exists()) == (2, True, False)
+    assert run("convert", b, "--output", out, "--model", folder, "--overwrite")[0] == 0
+    for output in (tmp_path / "both.safetensors", tmp_path / "both"):
+        code, _, err = run("merge", a, b, "--output", output, "--model", folder)
+        assert (code, "embeddings of the same token" in err) == (2, True)
+        assert not list(tmp_path.glob("both*"))
 
 
 # --- merge and resize
@@ -233,6 +261,35 @@ def test_merge_into_the_base_is_a_folder_that_diffusers_opens(
     assert "is there already" in err
 
 
+def test_a_merge_too_strong_for_float16_is_refused(
+    folder: Path, networks: dict[str, nn.Module], tmp_path: Path, run: Run
+) -> None:
+    a, output = tmp_path / "a.safetensors", tmp_path / "model"
+    save_lora(a, random_parts(networks, targets=("to_q",)), INFO)
+    code, _, err = run("merge", f"{a}:1e8", "--output", output, "--model", folder, "--dtype", "float16")
+    assert (code, err.count("\n")) == (7, 1)
+    assert "to_q.weight has values that are NaN or too large for torch.float16" in err
+    assert not output.exists()
+
+
+def test_the_models_files_can_be_chosen_as_in_the_scripts(
+    folder: Path, networks: dict[str, nn.Module], tmp_path: Path, run: Run
+) -> None:
+    a, half = tmp_path / "a.safetensors", tmp_path / "half"
+    save_lora(a, random_parts(networks, targets=("to_q",)), INFO)
+    shutil.copytree(folder, half)
+    for file in half.glob("*/*.safetensors"):
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    for command in (("convert",), ("resize", "--rank", 1), ("merge",)):
+        arguments = (*command, a, "--output", tmp_path / f"{command[0]}.safetensors", "--model", half)
+        assert "choose it with --variant" in run(*arguments)[2]
+        assert run(*arguments, "--variant", "fp16")[0] == 0
+    arguments = ("merge", a, "--output", tmp_path / "merged", "--model", half, "--variant", "fp16")
+    assert "only a Hub repository has revisions" in run(*arguments, "--revision", "main")[2]
+    assert "says epsilon. Leave it out" in run(*arguments, "--prediction-type", "v_prediction")[2]
+    assert run(*arguments)[0] == 0
+
+
 def test_resize_prints_what_is_kept(folder: Path, networks: dict[str, nn.Module], tmp_path: Path, run: Run) -> None:
     a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     parts = random_parts(networks, targets=("to_q", "conv1", "fc1"), alphas=(2.0,))
@@ -278,9 +335,9 @@ def test_refusals_are_one_line(folder: Path, networks: dict[str, nn.Module], tmp
         (("convert", a, "--output", a, "--model", folder), 2, "is there already. Choose another --output, or --overwr"),
         (("convert", flux, "--output", out), 4, "it is for FLUX or SD 3, which is not supported"),
         (("convert", a, "--output", out, "--model", "pocket"), 4, "the model is pocket"),
-        (("merge", "--output", out), 2, "FILE or FILE:SCALE"),
-        (("merge", f"{a}:x", "--output", out), 2, "expected FILE or FILE:SCALE"),
-        (("merge", f"{a}:nan", "--output", out), 2, "expected FILE or FILE:SCALE"),
+        (("merge", "--output", out), 2, "PATH or PATH:SCALE"),
+        (("merge", f"{a}:x", "--output", out), 2, "expected PATH or PATH:SCALE"),
+        (("merge", f"{a}:nan", "--output", out), 2, "expected PATH or PATH:SCALE"),
         (("merge", a, "--output", tmp_path / "folder"), 2, "For a folder, give --model, too"),
         (("merge", a, "--output", tmp_path / "b", "--rank", 2, "--model", folder), 2, "a model has no rank"),
         (("merge", a, dora, "--output", out, "--model", folder), 2, "--output FOLDER --model MODEL"),

@@ -21,7 +21,7 @@ from minisd.lora import LoRAWeights, adaptable_layers
 from minisd.lora_info import LoRAInfo
 from minisd.lora_peft import Size, peft_alpha, peft_config
 from minisd.lora_positional import numbered_layers
-from minisd.lora_reader import load_lora
+from minisd.lora_reader import load_lora, read_lora_info
 from minisd.lora_writer import lora_bytes
 from minisd.model_files import read_header
 
@@ -227,6 +227,7 @@ def test_a_lora_that_somebody_trained_fits_sd15_in_full() -> None:
     assert torch.equal(
         lora.parts["text_encoder"]["encoder.layers.11.self_attn.q_proj"].up, tensors["text_encoder:46:up"]
     )
+    assert lora.info.targets == read_lora_info(DISNEY).targets == tuple(sorted(inner))
     assert {token: list(vectors.shape) for token, vectors in lora.embeddings.items()} == {
         "<s1>": [1, 768],
         "<s2>": [1, 768],

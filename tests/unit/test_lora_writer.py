@@ -156,6 +156,7 @@ def test_the_targets_of_others_are_guessed_from_the_ends_of_their_names(sd1: UNe
     paths = [path for path in adaptable_layers(sd1) if path.endswith(TARGETS["all"])]
     names = target_names([path.replace(".", "_") if flat else path for path in paths])
     assert set(names) == {target.replace(".", "_") if flat else target for target in TARGETS["all"]}
+    assert target_names(["middle_block_0_in_layers_2", "input_blocks_4_1_proj_in"]) == ("in_layers_2", "proj_in")
     assert target_names(["conv_in", "time_embedding.linear_1"]) == ("conv_in", "time_embedding.linear_1")
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 import pytest
 from PIL import Image
 
+from minisd.a1111_text import parameters_text
 from minisd.config import DEFAULT_OUTPUT
 from minisd.errors import UsageError
 from minisd.images import save_png
@@ -14,7 +15,7 @@ from minisd.lora_choice import LoRAChoice, lora_hashes, prompt_with_loras
 from minisd.picture_record import LoRARecord, Origin, PictureRecord, read_record, recorded_options, to_json
 from minisd.sample_config import SampleConfig
 from minisd.samplers import SAMPLERS
-from minisd.sampling import SamplingSettings, parameters_text
+from minisd.sampling import SamplingSettings
 
 A1111_PARAMETER = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 
