@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from minisd.ldm_modules import IN_RESNET, OUTSIDE
+
 # diffusers before 0.17 wrote the left names; the VAE files of SD 1.x and 2.x on the Hub still have them.
 _OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -31,24 +33,9 @@ _IGNORED_OF_CLIP_L = ("transformer.text_projection.weight", "transformer.logit_s
 _IGNORED_OF_OPEN_CLIP = ("model.logit_scale", "model.attn_mask")
 
 _NUMBER = re.compile("[0-9]{1,2}")
-_UNET_TOP = {
-    "time_embed.0": "time_embedding.linear_1",
-    "time_embed.2": "time_embedding.linear_2",
-    "label_emb.0.0": "add_embedding.linear_1",
-    "label_emb.0.2": "add_embedding.linear_2",
-    "input_blocks.0.0": "conv_in",
-    "out.0": "conv_norm_out",
-    "out.2": "conv_out",
-}
+_UNET_TOP = {ldm: hub for hub, ldm in OUTSIDE.items()}
 _UNET_MIDDLE = {"0": "resnets.0", "1": "attentions.0", "2": "resnets.1"}
-_RESNET = {
-    "in_layers.0": "norm1",
-    "in_layers.2": "conv1",
-    "emb_layers.1": "time_emb_proj",
-    "out_layers.0": "norm2",
-    "out_layers.3": "conv2",
-    "skip_connection": "conv_shortcut",
-}
+_RESNET = {ldm: hub for hub, ldm in IN_RESNET.items()}
 _VAE_MIDDLE = {"block_1": "resnets.0", "block_2": "resnets.1", "attn_1": "attentions.0"}
 _VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 _CLIP_LAYER = {

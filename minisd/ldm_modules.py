@@ -10,7 +10,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-_OUTSIDE = {
+# Modules outside the blocks, and inside a residual block: the name here -> the original.
+OUTSIDE = {
     "conv_in": "input_blocks.0.0",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
@@ -19,7 +20,7 @@ _OUTSIDE = {
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
-_IN_RESNET = {
+IN_RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
     "time_emb_proj": "emb_layers.1",
@@ -66,8 +67,8 @@ def ldm_module_name(module: str, layout: UNetLayout) -> str:
     Raises:
         ValueError: a UNet of this layout has no such module.
     """
-    if module in _OUTSIDE:
-        return _OUTSIDE[module]
+    if module in OUTSIDE:
+        return OUTSIDE[module]
     found = _MODULE.fullmatch(module)
     name = None if found is None else _in_block(found, layout)
     if name is None:
@@ -89,7 +90,7 @@ def _in_block(found: re.Match[str], layout: UNetLayout) -> str | None:
     if (way, kind, number, inner) == ("up", "upsamplers", 0, "conv"):
         return f"output_blocks.{each * (level + 1) - 1}.{2 if layout.attention_up[level] else 1}.conv"
     if kind == "resnets":
-        inner = _IN_RESNET.get(inner or "")
+        inner = IN_RESNET.get(inner or "")
     if inner is None or kind in ("downsamplers", "upsamplers"):
         return None
     if way is None:
