@@ -1,7 +1,7 @@
 """Draw pictures: python sample.py --prompt "8bit illustration of city view".
 
-With no --lora, the LoRA that train.py wrote last to its default output is used, if there is one; with no --model, the
-base model that the LoRA names. What was chosen is printed, and written into every picture.
+With no --lora, the LoRA that train.py wrote last to its default output is used, if there is one and it is for the
+model; with no --model, the base model that the LoRA names. What was chosen is printed, and written into every picture.
 """
 
 import sys
@@ -29,7 +29,15 @@ from minisd.picture_record import read_record
 from minisd.picture_text import origin_of, picture_texts
 from minisd.prompt_files import one_config_a_prompt
 from minisd.sample_plan import Batch, plan
-from minisd.sample_setup import checked_init_image, merged_doras, prepared_model, resolved, settings_of
+from minisd.sample_setup import (
+    check_early,
+    check_output,
+    checked_init_image,
+    merged_doras,
+    prepared_model,
+    resolved,
+    settings_of,
+)
 from minisd.sampling import decode, denoise
 from minisd.sweep_grid import SWEEP, labelled_grid
 from minisd.weights import StableDiffusion
@@ -50,9 +58,8 @@ def sample(config: SampleConfig) -> list[Path]:
     batches = plan(configs, again, SWEEP if config.strength_sweep else (1.0,))
     paths = [config.output / f"{number:03d}.png" for number in range(sum(len(batch.numbers) for batch in batches))]
     grid_path = config.output / "grid.png"
-    existing = [path for path in (*paths, grid_path) if path.exists()]
-    if existing and not config.overwrite:
-        raise UsageError(f"{existing[0]} is there already. Choose another --output, or --overwrite.")
+    check_output(config, [*paths, grid_path])
+    check_early(configs)
     init_image_sha256 = checked_init_image(config, again)
 
     model, parts = prepared_model(config, loras, again)
@@ -62,7 +69,6 @@ def sample(config: SampleConfig) -> list[Path]:
             log.warning("%s: %s; it may come out a little different, or more", config.from_png, difference)
     batches = [replace(batch, config=resolved(batch.config, model)) for batch in batches]
     calls = sum(settings_of(batch.config).network_calls for batch in batches)
-    config.output.mkdir(parents=True, exist_ok=True)
     pictures: dict[int, Image.Image] = {}
     with tqdm(total=calls, desc="sample", unit="call") as bar:
         for batch in batches:
@@ -74,12 +80,13 @@ def sample(config: SampleConfig) -> list[Path]:
             for place, number in batch.numbers.items():
                 image = to_pil(decode(model, latents[place : place + 1], tiled=batch.config.vae_tiling))[0]
                 parameters, record = picture_texts(model, batch, place, loras, origin)
+                config.output.mkdir(parents=True, exist_ok=True)
                 save_png(image, paths[number], parameters=parameters, record=record, overwrite=config.overwrite)
                 pictures[number] = image
     images = [pictures[number] for number in range(len(paths))]
     if config.strength_sweep:
-        rows = [f"{one.prompt[0]} (seed {one.seed + i})" for one in configs for i in range(config.num_images)]
-        grid = labelled_grid(images, [f"{factor:g}" for factor in SWEEP], rows)
+        rows = [(one.prompt[0], f"seed {one.seed + i}") for one in configs for i in range(config.num_images)]
+        grid = labelled_grid(images, [f"LoRA x {factor:g}" for factor in SWEEP], rows)
     else:
         grid = image_grid(images, columns=config.num_images)
     save_png(grid, grid_path, parameters="", overwrite=config.overwrite)

@@ -6,17 +6,23 @@ Imports nothing slow, so that `--help` and a refusal come before torch is loaded
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
+import copy
 import difflib
+import inspect
 import io
 import json
+import os
 import re
 import sys
+import textwrap
 import tomllib
 import types
 import typing
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, make_dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, NoReturn, TypeVar
 
@@ -55,22 +61,41 @@ def parse_args(config_class: type[Config], arguments: Sequence[str] | None = Non
             raise UsageError(f"--config {path}: from_png is not for a file. Give --from-png on the command line.")
         if picture is not None:
             values |= _options_of_picture(picture, given)
-        defaults = _defaults(config_class, {name: value for name, value in values.items() if name not in given})
+        described = _with_whole_texts(config_class)
+        defaults = _defaults(described, {name: value for name, value in values.items() if name not in given})
         with tyros_refusal():
             # mypy takes the subscripted class for a plain value.
-            command_line: Any = _CommandLine[config_class]  # type: ignore[valid-type]
-            return tyro.cli(
+            command_line: Any = _CommandLine[described]  # type: ignore[valid-type]
+            options = tyro.cli(
                 command_line,
                 args=words,
                 default=_CommandLine(options=defaults),
                 description=config_class.__doc__,
             ).options
+            return config_class(**vars(options))
     except UsageError as error:
         message = str(error)
     for file in (path, picture):
         if file is not None and str(file) not in message:
             message += f" (With the defaults of {file}.)"
     refuse(message)
+
+
+def _with_whole_texts(config_class: type[Config]) -> type[Config]:
+    """The same options with the texts of their help in one piece: tyro breaks a line where the source does."""
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(config_class))).body
+    assert isinstance(definition, ast.ClassDef)
+    texts = {
+        ast.unparse(option.target): " ".join(ast.literal_eval(text.value).split())
+        for option, text in pairwise(definition.body)
+        if isinstance(option, ast.AnnAssign) and isinstance(text, ast.Expr)
+    }
+    hints = typing.get_type_hints(config_class, include_extras=True)
+    options = [
+        (option.name, Annotated[hints[option.name], tyro.conf.arg(help=texts[option.name])], copy.copy(option))
+        for option in fields(config_class)
+    ]
+    return make_dataclass(config_class.__name__, options, bases=(config_class,), frozen=True, kw_only=True)
 
 
 @contextlib.contextmanager
@@ -80,11 +105,41 @@ def tyros_refusal() -> Iterator[None]:
     try:
         with contextlib.redirect_stderr(said):
             yield
+    except BrokenPipeError:  # `--help | head`: who has left does not need the rest
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        words = re.sub(r"[^\x20-\x7e]|-{3,}|={3,}", " ", said.getvalue()).split()
-        raise UsageError(" ".join(words)) from None
+        raise UsageError(_out_of_the_frame(said.getvalue())) from None
+
+
+def _out_of_the_frame(text: str) -> str:
+    """What tyro says between the rules of its frames, without their titles, and the options that it suggests."""
+    sections: list[list[str]] = [[]]
+    for line in text.splitlines():
+        if re.search(
+            r"\u2500{3}|^ *-{3,} *$", line
+        ):  # drawn in box characters, or in ASCII where those cannot be shown
+            sections.append([])
+        else:
+            sections[-1].append(line.strip("\u2502 "))
+    said = []
+    for section in sections[1:]:
+        words = " ".join(section).strip().rstrip(".")
+        if words.startswith("Perhaps you meant:"):
+            said.append(f"Perhaps you meant {' or '.join(re.findall(r' (--[a-z-]+)', words)[:2])}?")
+        elif words and not words.startswith(("Argument helptext:", "For full helptext")):
+            said.append(words)
+    message = ". ".join(said)
+    for python, ours in {
+        "invalid literal for int() with base 10:": "expected a whole number, got",
+        "could not convert string to float:": "expected a number, got",
+    }.items():
+        message = message.replace(python, ours)
+    if re.match("Unrecognized options: (?!-)", message):
+        message += ". A value stands behind its option, as in --output NAME"
+    return f"{message}{'' if message.endswith('?') else '.'} See --help."
 
 
 def refuse(message: str) -> NoReturn:

@@ -19,7 +19,6 @@ from minisd.errors import MinisdError, NetworkError, UsageError, WeightsError
 from minisd.model_files import CONVERT_HINT, PICKLE_SUFFIXES, read_header, sha256_of
 from minisd.model_folder import (
     LAYOUT,
-    STEMS,
     check_folder,
     explain,
     missing_files,
@@ -78,7 +77,10 @@ def resolve_model(model: str, *, revision: str | None = None, variant: str | Non
     path = pocket if model == "pocket" else _local_path(model)
     if path is None:
         if not _is_repo_id(model):
-            raise WeightsError(f"model {model!r}: not a folder, a file, a repo id, or 'pocket'.")
+            raise WeightsError(
+                f"model {model[:200]!r}: no such folder or file, and not the id of a repository on the Hub "
+                "(owner/name) or 'pocket'. Check the path."
+            )
         return _from_hub(model, revision, variant)
     if revision is not None:
         raise UsageError(f"--revision {revision}: only a Hub repository has revisions, not {model!r}.")
@@ -190,12 +192,12 @@ def _remove_from_cache(path: Path) -> None:
 
 def _patterns(variant: str | None) -> list[str]:
     """The files of a repository that are worth downloading: no pickles, no EMA twin, no safety checker."""
-    patterns = ["model_index.json", "scheduler/*.json"]
-    patterns += [f"{folder}/*.{kind}" for folder in ("tokenizer", "tokenizer_2") for kind in ("json", "txt")]
-    for part in STEMS:
+    patterns = ["model_index.json", "scheduler/*.json", "tokenizer*/*.json", "tokenizer*/*.txt"]
+    # The second text encoder of an XL model has the files of the first.
+    for part, folder in {"unet": "unet", "vae": "vae", "text_encoder": "text_encoder*"}.items():
         single, index = weight_names(part, variant)
         shards = single.replace(".safetensors", "-*.safetensors")
-        patterns += [f"{part}/{name}" for name in ("config.json", single, index, shards)]
+        patterns += [f"{folder}/{name}" for name in ("config.json", single, index, shards)]
     return patterns
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,9 +11,13 @@ from pathlib import Path
 
 from minisd.a1111_text import quoted
 from minisd.config import DEFAULT_OUTPUT
-from minisd.errors import UsageError, WeightsError
+from minisd.errors import UsageError, WeightsError, one_line
+from minisd.lora_info import public_name
+from minisd.lora_reader import read_lora_info
 from minisd.picture_record import LoRARecord, PictureRecord
 from minisd.sample_config import SampleConfig
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,20 +47,26 @@ class LoRAChoice:
 
 
 def chosen_loras(config: SampleConfig, record: PictureRecord | None) -> list[LoRAChoice]:
-    """The LoRAs asked for, those of the picture to repeat, or the one trained last.
+    """The LoRAs asked for, those of the picture to repeat, or the one trained last if it is for the model asked for.
 
     Raises:
         UsageError: a strength is no number, or a LoRA of the picture is not here or is another file now.
-        WeightsError: a file that was asked for is not there.
+        WeightsError: a file that was asked for is not there, or the one trained last cannot be read.
     """
     if config.lora == ("none",):
         return []
     asked = [with_strength(text) for text in config.lora]
     if record is not None:
         return _of_picture(config, record, asked)
-    if not asked:
-        trained = DEFAULT_OUTPUT / "lora.safetensors"
-        asked = [(trained, None)] if trained.is_file() else []
+    trained = DEFAULT_OUTPUT / "lora.safetensors"
+    if not asked and trained.is_file():
+        # Without --model the LoRA says which one. One that it was merged into must not get it a second time.
+        base = read_lora_info(trained).base_model
+        if config.model is None or base == public_name(config.model) != "":
+            asked = [(trained, None)]
+        else:
+            whose = one_line(base) or "a model it does not name"
+            log.info("LoRA: none; %s is for %s, give it with --lora to use it", trained, whose)
     return [LoRAChoice(path, 1.0 if strength is None else strength, *_hashes(path)) for path, strength in asked]
 
 
@@ -93,6 +104,8 @@ def with_strength(text: str) -> tuple[Path, float | None]:
 
 def _hashes(path: Path) -> tuple[str, str]:
     """The two hashes of a LoRAChoice. Raises WeightsError."""
+    if (path / "model_index.json").exists() and not (path / "adapter_model.safetensors").exists():
+        raise WeightsError(f"{path}: a model folder: pass it with --model.")
     files = [path / "adapter_model.safetensors", path / "adapter_config.json"] if path.is_dir() else [path]
     whole = hashlib.sha256()
     for file in files:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+import shlex
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ from minisd.hub import resolve_model
 from minisd.lora import bake_lora, lora_parameters, merge_lora
 from minisd.lora_choice import with_strength
 from minisd.lora_dialects import FLUX
-from minisd.lora_info import base_model_version
+from minisd.lora_info import FAMILIES, base_model_version
 from minisd.lora_layers import LoRAWeights
 from minisd.lora_options import Convert, Merge, Resize
 from minisd.lora_raw import read_raw
@@ -45,6 +46,7 @@ _FAMILIES: Mapping[int | str | None, Family] = {768: "sd1", 1024: "sd2", 2048: "
 
 def convert(options: Convert) -> None:
     """Write a LoRA file in another layout."""
+    _check_suffix(options.output)
     _check_free(options.output, overwrite=options.overwrite)
     networks = _networks_for(options.file, options.model, variant=options.variant)
     lora = load_lora(options.file, networks, allow_partial=options.allow_partial)
@@ -57,10 +59,13 @@ def merge(options: Merge) -> None:
     scaled = [(path, 1.0 if strength is None else strength) for path, strength in asked]
     if not scaled:
         raise UsageError("merge: expected at least one PATH or PATH:SCALE.")
+    if options.rank is not None:
+        _check_rank(options.rank)
     if options.output.suffix != ".safetensors":
         _merge_into_model(options, scaled)
         return
     _check_free(options.output, overwrite=options.overwrite)
+    _check_one_family([path for path, _ in scaled])
     networks = _networks_for(scaled[0][0], options.model, revision=options.revision, variant=options.variant)
     loras = [load_lora(path, networks, allow_partial=options.allow_partial) for path, _ in scaled]
     try:
@@ -83,6 +88,8 @@ def merge(options: Merge) -> None:
 
 def resize_file(options: Resize) -> None:
     """Bring a LoRA file to a lower rank."""
+    _check_rank(options.rank)
+    _check_suffix(options.output)
     _check_free(options.output, overwrite=options.overwrite)
     networks = _networks_for(options.file, options.model, variant=options.variant)
     lora = load_lora(options.file, networks)
@@ -96,6 +103,7 @@ def _merge_into_model(options: Merge, scaled: Sequence[tuple[Path, float]]) -> N
     if options.rank is not None:
         raise UsageError("merge: --rank is for a merged LoRA file; a model has no rank.")
     _check_free(options.output, overwrite=False)
+    _check_one_family([path for path, _ in scaled])
     model = load_model(  # in float32: rounded once, at the end
         options.model,
         revision=options.revision,
@@ -115,7 +123,8 @@ def _merge_into_model(options: Merge, scaled: Sequence[tuple[Path, float]]) -> N
     if not model.is_xl:  # whose VAE overflows float16
         model.vae.to(getattr(torch, options.dtype))
     write_model_folder(model, options.output)
-    log.info("wrote %s, a model folder", options.output)
+    shown = shlex.quote(str(options.output))
+    log.info("wrote %s, a model folder; draw with: sample.py --model %s --lora none", options.output, shown)
     _write_embeddings(embeddings)
 
 
@@ -192,6 +201,9 @@ def _resized(parts: Parts, rank: int) -> dict[str, dict[str, LoRAWeights]]:
                 resized[part][path], kept[f"{part}: {path}"] = resize(lora, rank)
             except ValueError as error:
                 raise UsageError(f"--rank {rank}: {path}: {error}.") from error
+    if all(lora.rank <= rank for weights in parts.values() for lora in weights.values()):
+        print(f"no module has a rank above {rank}: nothing was made smaller")
+        return resized
     shares = {name: found.share for name, found in kept.items()}
     worst = min(shares, key=lambda name: shares[name])
     total = Kept(math.fsum(found.kept for found in kept.values()), math.fsum(found.whole for found in kept.values()))
@@ -200,6 +212,30 @@ def _resized(parts: Parts, rank: int) -> dict[str, dict[str, LoRAWeights]]:
     )
     print(f"least kept: {shares[worst]:.2%} in {worst}")
     return resized
+
+
+def _check_one_family(paths: Sequence[Path]) -> None:
+    """Refuse LoRAs whose weights show different families. Where only a header says one, the sizes will tell."""
+    files: dict[str, list[str]] = {}
+    for path in paths:
+        guess = read_raw(path).guess
+        if isinstance(guess, int):
+            files.setdefault(FAMILIES.get(guess, family_name(guess)), []).append(path.name)
+        elif guess == FAMILIES[2048]:  # by its keys
+            files.setdefault(guess, []).append(path.name)
+    if len(files) > 1:
+        shown = ", ".join(f"{family} ({', '.join(names)})" for family, names in files.items())
+        raise UsageError(f"merge: the LoRAs are for different bases: {shown}. Only LoRAs of one family can be merged.")
+
+
+def _check_rank(rank: int) -> None:
+    if rank < 1:
+        raise UsageError(f"--rank {rank}: expected a whole number of at least 1.")
+
+
+def _check_suffix(output: Path) -> None:
+    if output.suffix != ".safetensors":
+        raise UsageError(f"--output {output}: expected the name of a file that ends in .safetensors.")
 
 
 def _check_free(output: Path, *, overwrite: bool) -> None:

@@ -23,6 +23,7 @@ _KOHYAS = ("ss_sd_model_name", "ss_network_module", "ss_network_args", "ss_optim
            "ss_caption_dropout_rate", "ss_training_comment")  # fmt: skip
 _BLOCK = re.compile(r"(?:(down|up)_blocks|(input|output)_blocks|mid_block|middle_block)(?:[._](\d{1,4}))?")
 _LAYERS_IN_BLOCK = 9  # of a numbered file: a transformer block
+_NAME_WIDTH = 28  # of the names' column, at least
 _LONGEST = 300
 
 
@@ -34,7 +35,9 @@ def inspect(path: Path) -> str:
     """
     raw = read_raw(path)
     rows = {**_facts(raw), **_recipe(raw), **_norms(raw)}
-    return "\n".join(f"{one_line(name)[:60]:<28} {one_line(value[:_LONGEST])}".rstrip() for name, value in rows.items())
+    lines = [(one_line(name)[:60], one_line(value[:_LONGEST])) for name, value in rows.items()]
+    width = max(_NAME_WIDTH, *(len(name) for name, _ in lines))
+    return "\n".join(f"{name:<{width}} {value}".rstrip() for name, value in lines)
 
 
 def _facts(raw: RawLoRA) -> dict[str, str]:

@@ -33,7 +33,7 @@ class Convert:
     file: tyro.conf.Positional[Path]
     """A LoRA file in any layout, or the folder of a PEFT adapter."""
     output: Path
-    """The file to write."""
+    """The .safetensors file to write."""
     lora_format: Literal["kohya", "peft"] = "kohya"
     """Names that every program reads, or those of diffusers and PEFT."""
     dtype: Dtype | None = None
@@ -88,7 +88,7 @@ class Resize:
     rank: int
     """The rank wanted; modules of a lower one stay as they are."""
     output: Path
-    """The file to write."""
+    """The .safetensors file to write."""
     lora_format: Literal["kohya", "peft"] = "kohya"
     """Names that every program reads, or those of diffusers and PEFT."""
     dtype: Dtype | None = None

@@ -16,10 +16,11 @@ from minisd.lora_dialects import FLUX, PEFT_PREFIX, LoRAModule, family_by_keys, 
 from minisd.lora_layers import LoRAWeights
 from minisd.lora_peft import CONFIG_FIELD, config_of, peft_alpha
 from minisd.lora_positional import check_kinds, embedding_tokens
-from minisd.model_files import CONVERT_HINT, Header, read_header, read_json, read_tensors
+from minisd.model_files import Header, read_header, read_json, read_tensors
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_BYTES = 4 * 2**30
+_WEIGHTS_OF_A_MODEL = 20  # the smallest network has more of them
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def read_raw(path: Path) -> RawLoRA:
         WeightsError: it is damaged, incomplete, not a LoRA, or of a kind that is not supported.
     """
     path = _file_at(path)
-    header = read_header(path)
+    header = read_header(path, convert_hint=_convert_hint(path))
     if path.stat().st_size > _MAX_BYTES:
         raise WeightsError(f"{path}: larger than 4 GiB, which no LoRA is. Is it a model? Then pass it with --model.")
     kind = unsupported(header.tensors)
@@ -85,8 +86,19 @@ def _file_at(path: Path) -> Path:
     if file.exists():
         return file
     if (path / "adapter_model.bin").exists():
-        raise WeightsError(f"{path}: its adapter_model.bin is not read. {CONVERT_HINT}.")
+        raise WeightsError(f"{path}: its adapter_model.bin is not read. {_convert_hint(path / 'adapter_model.bin')}.")
+    if (path / "model_index.json").exists():
+        raise WeightsError(f"{path}: a model folder: pass it with --model.")
     raise WeightsError(f"{path}: a folder without adapter_model.safetensors. Pass the LoRA file itself.")
+
+
+def _convert_hint(path: Path) -> str:
+    """What to do about a pickled LoRA: converters for whole models do not take it."""
+    return (
+        "Pickled weights can run code when opened, so minisd never opens them; convert the LoRA in Python on a machine "
+        "you can lose: import torch, safetensors.torch; safetensors.torch.save_file("
+        f"torch.load({path.name!r}, map_location='cpu', weights_only=True), {path.stem + '.safetensors'!r})"
+    )
 
 
 def _grouped(path: Path, header: Header, tokens: set[str]) -> tuple[dict[LoRAModule, dict[str, str]], list[str]]:
@@ -105,7 +117,9 @@ def _grouped(path: Path, header: Header, tokens: set[str]) -> tuple[dict[LoRAMod
         keys[piece] = key
     if not modules:
         what = f"not a LoRA that can be read, keys of no known meaning: {some(unknown)}"
-        raise WeightsError(f"{path}: {what}. A model is passed with --model.")
+        is_model = sum(key.endswith(".weight") for key in unknown) >= _WEIGHTS_OF_A_MODEL
+        advice = "It looks like a model: pass it with --model." if is_model else "A model is passed with --model."
+        raise WeightsError(f"{path}: {what}. {advice}")
     halves = [module.label for module, keys in modules.items() if not {"down", "up"} <= keys.keys()]
     if halves:
         raise WeightsError(f"{path}: incomplete, down or up is missing in modules: {some(halves)}. Download it again.")

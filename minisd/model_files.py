@@ -64,11 +64,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Path, *, convert_hint: str = CONVERT_HINT) -> Header:
     """Read the header of a safetensors file and check it against the file's size.
 
     The library checks offsets and dtypes when the file is opened; here is what it does not see (a key given twice) or
     reports misleadingly (an HTML page as "header too large").
+
+    Args:
+        path: the file.
+        convert_hint: what to do about a file that is pickled.
 
     Raises:
         WeightsError: the file is missing, truncated, damaged, or something else than safetensors.
@@ -78,7 +82,7 @@ def read_header(path: Path) -> Header:
         start = file.read(512)
         length = int.from_bytes(start[:8], "little")
         if start[8:9] != b"{":
-            raise WeightsError(f"{path}: {_what_it_is(start)}")
+            raise WeightsError(f"{path}: {_what_it_is(start, convert_hint)}")
         if 8 + length > size:
             raise WeightsError(f"{path}: truncated inside its header, at {size} bytes. Download it again.")
         if length > _MAX_HEADER_BYTES:
@@ -151,7 +155,7 @@ def _opened(path: Path) -> BinaryIO:
         raise WeightsError(f"{path}: cannot be read: {error.strerror}.") from error
 
 
-def _what_it_is(start: bytes) -> str:
+def _what_it_is(start: bytes, convert_hint: str) -> str:
     """Name the contents of a file that does not begin like safetensors."""
     text = start.lstrip().lower()
     if not start:
@@ -159,9 +163,9 @@ def _what_it_is(start: bytes) -> str:
     if start.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer, not the weights themselves. Run `git lfs pull` in its repository."
     if start.startswith(b"PK\x03\x04"):
-        return f"a zip archive, as torch.save writes it. {CONVERT_HINT}."
+        return f"a zip archive, as torch.save writes it. {convert_hint}."
     if start[0] == 0x80 and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
-        return f"a Python pickle. {CONVERT_HINT}."
+        return f"a Python pickle. {convert_hint}."
     if text.startswith(b"<"):
         return "an HTML page, saved in place of the weights (a login or error page?). Download it again."
     if text.startswith(b"{"):

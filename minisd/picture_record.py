@@ -95,6 +95,8 @@ def read_record(path: Path) -> PictureRecord:
     except Exception as error:  # decoders raise what they like on damaged files
         raise UsageError(f"{where}: cannot be read as a PNG. Give a picture that sample.py wrote.") from error
     if not isinstance(text, str):
+        if path.name == "grid.png":
+            raise UsageError(f"{where}: {path.name} has no record: give one of the pictures beside it.")
         raise UsageError(
             f"{where}: has no record of minisd in it, for another program wrote it, or changed it. "
             "What others wrote about it can be given as options."

@@ -56,9 +56,11 @@ def parse_line(line: str) -> tuple[str, dict[str, Any]]:
     """Split a line into the prompt and the options behind it, under the names of SampleConfig's fields.
 
     Raises:
-        UsageError: a flag is unknown, malformed or given twice.
+        UsageError: there is no prompt, or a flag is unknown, malformed or given twice.
     """
     prompt, *parts = re.split(r"(?:^|\s+)--", line.strip())
+    if not prompt:
+        raise UsageError("there is no prompt, only options. Write it in front of them.")
     options: dict[str, Any] = {}
     for part in parts:
         flag, _, value = part.partition(" ")
@@ -81,6 +83,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise UsageError(f"--prompts-file {path}: expected a text file, one prompt a line.")
     try:
         text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise UsageError(f"--prompts-file {path}: no such file.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--prompts-file {path}: expected a text file in UTF-8 ({error}).") from error
     for number, line in enumerate(text.split("\n"), 1):

@@ -16,6 +16,8 @@ Scheduler = Literal[
     "ddpm", "ddim", "pndm", "euler", "euler-a", "heun", "dpm++2m", "dpm++2m-sde", "unipc", "lcm"
 ]  # fmt: skip
 
+# Those that can space their noise levels as Karras et al. do; in samplers.py too, but that needs torch.
+KARRAS_SCHEDULERS = ("euler", "heun", "dpm++2m", "dpm++2m-sde", "unipc")
 # Longer ones are refused before they are cut into tokens; what the text encoder takes is far below.
 MAX_PROMPT = 100_000
 # What A1111 takes out of a prompt: a file to load.
@@ -44,7 +46,7 @@ class SampleConfig:
     """What the model predicts, where its file does not say so (a single file of SD 2.x)."""
     lora: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """LoRA file or PEFT folder, PATH or PATH:SCALE; may be given several times. If not given, output/lora.safetensors
-    is used if it is there; "none" draws without."""
+    is used if it is there and was trained on the model; "none" draws without."""
     allow_partial: bool = False
     """Use a LoRA of which some modules have no place in this model, instead of refusing it."""
     strength_sweep: bool = False
@@ -109,6 +111,13 @@ class SampleConfig:
         check("guidance_interval", f"{start:g} {stop:g}", 0 <= start < stop <= 1,
               "two shares, START below STOP, from 0 to 1")  # fmt: skip
         check("eta", self.eta, 0 <= self.eta <= 1, "a number from 0 to 1")
+        if self.karras and self.scheduler not in KARRAS_SCHEDULERS:
+            known = ", ".join(KARRAS_SCHEDULERS)
+            raise UsageError(f"--karras means nothing to {self.scheduler}; samplers that take it: {known}.")
+        if self.eta and self.scheduler != "ddim":
+            raise UsageError(f"--eta {self.eta:g} means nothing to {self.scheduler}; the sampler that takes it: ddim.")
+        if "none" in self.lora and len(self.lora) > 1:
+            raise UsageError('--lora: "none" goes with no other --lora.')
         check("clip_skip", self.clip_skip, 0 <= self.clip_skip <= 100, "a number of layers, from 0")
         check("seed", self.seed, 0 <= self.seed < 2**63 - self.num_images, "from 0 to 2^63")
         for name in ("height", "width"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,14 +14,16 @@ import torch
 
 from minisd.config import DEFAULT_MODEL
 from minisd.data import sha256_of_picture
-from minisd.errors import UsageError, one_line
+from minisd.errors import DataError, DiskError, UsageError, one_line
+from minisd.images import load_image
 from minisd.lora_choice import LoRAChoice
 from minisd.lora_info import public_name
 from minisd.lora_layers import LoRALayer
 from minisd.lora_reader import add_lora_to, load_lora, read_lora_info
 from minisd.picture_record import PictureRecord
+from minisd.prompts import parse_weights
 from minisd.sample_config import SampleConfig
-from minisd.samplers import KARRAS_SAMPLERS, default_spacing
+from minisd.samplers import KARRAS_SAMPLERS, default_spacing, number_of_calls
 from minisd.sampling import SamplingSettings, check_size, native_size
 from minisd.weights import StableDiffusion, load_model, with_zero_terminal_snr
 
@@ -29,13 +32,47 @@ log = logging.getLogger(__name__)
 _STRENGTH = 0.8  # of image to image, as in diffusers
 
 
+def check_output(config: SampleConfig, paths: Sequence[Path]) -> None:
+    """Refuse, before anything is drawn, an output that could not be written in the end.
+
+    Args:
+        config: names the folder.
+        paths: of the pictures to be written.
+
+    Raises:
+        UsageError: the folder is a file, or a picture is there already.
+        DiskError: the folder cannot be written to.
+    """
+    if config.output.is_file():
+        raise UsageError(f"--output {config.output} is a file. Give a folder.")
+    existing = [path for path in paths if path.exists()]
+    if existing and not config.overwrite:
+        raise UsageError(f"{existing[0]} is there already. Choose another --output, or --overwrite.")
+    folder = config.output.absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not os.access(there, os.W_OK):
+        raise DiskError(f"--output {config.output}: {there} cannot be written to. Choose another folder.")
+
+
+def check_early(configs: Sequence[SampleConfig]) -> None:
+    """Refuse what needs no model to be refused. Raises UsageError: a weight in a prompt, or no step is left to take."""
+    for config in configs:
+        for text in (*config.prompt, config.negative_prompt or ""):
+            parse_weights(text)
+        if config.init_image is not None:
+            strength = _STRENGTH if config.strength is None else config.strength
+            number_of_calls(config.scheduler, config.num_inference_steps, strength)
+
+
 def checked_init_image(config: SampleConfig, again: PictureRecord | None) -> str:
     """The SHA-256 of --init-image, or "".
 
     Raises:
         UsageError: the picture to repeat began with another one, or --strength is given and there is none.
-        DataError: it cannot be read.
+        DataError: it cannot be read as a picture.
     """
+    if config.init_image is not None and not config.init_image.exists():
+        raise DataError(f"--init-image {config.init_image}: no such file.")
     found = "" if config.init_image is None else sha256_of_picture(config.init_image.resolve())
     if again is not None and again.origin.init_image_sha256 not in ("", found):
         raise UsageError(
@@ -44,6 +81,8 @@ def checked_init_image(config: SampleConfig, again: PictureRecord | None) -> str
         )
     if config.strength is not None and not found:
         raise UsageError("--strength says how far to go from a picture. Give --init-image, or leave it out.")
+    if config.init_image is not None:
+        load_image(config.init_image.resolve())  # before the model, which takes a while
     return found
 
 
@@ -60,8 +99,9 @@ def prepared_model(
     infos = [read_lora_info(lora.path) for lora in loras]
     named = [info.base_model for info in infos if info.base_model]
     name = config.model if config.model is not None else named[0] if named else DEFAULT_MODEL
+    unasked = "" if config.lora or again is not None else " (trained last; --lora none draws without)"
     for choice in loras:
-        log.info("LoRA: %s, strength %g", choice.path, choice.strength)
+        log.info("LoRA: %s, strength %g%s", choice.path, choice.strength, unasked)
     log.info("model: %s", name)
     if again is not None and again.has_local_model(name) and not (name == "pocket" or Path(name).exists()):
         raise UsageError(f"--from-png {config.from_png}: its model {name!r} is not here. Give its path with --model.")

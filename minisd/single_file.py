@@ -6,6 +6,7 @@ configuration: the family follows from keys and shapes, never from the file's na
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +34,7 @@ _OTHER_UNETS = {
     "double_layers": "AuraFlow",
     "down_blocks": "Stable Cascade, or a UNet in diffusers' names",
 }
+_NUMBERED_LORA = re.compile(r"(unet|text_encoder):\d+:(up|down)")  # as cloneofsimo/lora writes them
 _EDM_MARKS = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
 _PREDICTIONS: Mapping[str, Prediction] = {
     "epsilon": "epsilon",
@@ -174,7 +176,7 @@ def _what_instead(tensors: Mapping[str, TensorInfo]) -> str:
     def some(*marks: str) -> bool:
         return any(mark in f".{name}" for name in tensors for mark in marks)
 
-    if some("lora", "hada_", "lokr_", ".oft_"):
+    if some("lora", "hada_", "lokr_", ".oft_") or any(_NUMBERED_LORA.fullmatch(name) for name in tensors):
         return "a LoRA, not a model: pass it with --lora, and its base with --model."
     if some(".control_model.", ".controlnet_", ".input_hint_block."):
         return f"a ControlNet is not supported. {_SUPPORTED}."
@@ -196,7 +198,7 @@ def _what_instead(tensors: Mapping[str, TensorInfo]) -> str:
     kinds = sorted({what for mark, what in parts.items() if some(mark)})
     if kinds:
         return f"{' and '.join(kinds)}, a part of a model. {_WHOLE}."
-    return f"not a Stable Diffusion checkpoint: no key begins with {_UNET}. {_SUPPORTED}."
+    return f"not a Stable Diffusion checkpoint: no key begins with {_UNET[:-1]}. {_SUPPORTED}."
 
 
 def _prediction(path: Path, header: Header, family: Family) -> Prediction:

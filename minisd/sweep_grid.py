@@ -12,13 +12,15 @@ SWEEP = (0.0, 0.4, 0.7, 1.0, 1.3)
 _MARGIN = 8
 
 
-def labelled_grid(images: Sequence[Image.Image], columns: Sequence[str], rows: Sequence[str]) -> Image.Image:
+def labelled_grid(
+    images: Sequence[Image.Image], columns: Sequence[str], rows: Sequence[tuple[str, str]]
+) -> Image.Image:
     """Lay pictures out row by row on white, with a heading over each column and one to the left of each row.
 
     Args:
         images: as many as columns times rows.
         columns: headings.
-        rows: headings; a long one is wrapped, and cut where the row ends.
+        rows: headings of two parts: the first is wrapped, and cut where the row ends; the second is a last line.
     """
     assert len(images) == len(columns) * len(rows)
     width, height = (max(image.size[side] for image in images) for side in (0, 1))
@@ -30,8 +32,8 @@ def labelled_grid(images: Sequence[Image.Image], columns: Sequence[str], rows: S
     for index, heading in enumerate(columns):
         draw.text((left + index * width + width // 2, top // 2), heading, "black", font, anchor="mm")
     letters, lines = int((left - 2 * _MARGIN) / letter), int((height - 2 * _MARGIN) / line)
-    for index, heading in enumerate(rows):
-        wrapped = textwrap.wrap(heading, letters, max_lines=max(lines, 1), placeholder=" ...")
+    for index, (heading, last) in enumerate(rows):
+        wrapped = [*textwrap.wrap(heading, letters, max_lines=max(lines - 1, 1), placeholder=" ..."), last]
         place = (_MARGIN, top + index * height + _MARGIN)
         draw.multiline_text(place, "\n".join(wrapped), "black", font, spacing=0.3 * font.getbbox("Ag")[3])
     for index, image in enumerate(images):

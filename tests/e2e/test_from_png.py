@@ -152,6 +152,7 @@ def test_pictures_of_others_are_refused_in_one_line(place, capsys):
     bad = {"scheduler": "magic", "num_inference_steps": 0, "prompts": ["cat"]}
     (first,) = draw("--model tiny --prompt cat --num-images 1 --num-inference-steps 2 --lora none", "a")
     said = {"foreign.png": "has no record of minisd"}
+    said["a/grid.png"] = "grid.png has no record: give one of the pictures beside it"
     for name, value in bad.items():
         raw = record(first)
         raw["options"][name] = value

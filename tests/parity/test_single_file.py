@@ -374,13 +374,14 @@ ATTENTION = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.t
         (only("double_blocks.0.img_attn.qkv.weight"), "FLUX is not supported"),
         (only("lora_unet_x.lora_down.weight"), "a LoRA, not a model: pass it with --lora"),
         (only("unet.x.hada_w1_a"), "a LoRA, not a model"),
+        (only("unet:12:up", "unet:12:down"), "a LoRA, not a model: pass it with --lora"),
         (only("control_model.input_blocks.0.0.weight"), "a ControlNet is not supported"),
         (only("emb_params"), "an embedding (textual inversion), not a model"),
         (only("input_blocks.0.0.weight"), "a UNet alone, without VAE and text encoder"),
         (only("down_blocks.0.resnets.0.conv1.weight"), "a UNet, a part of a model"),
         (only("encoder.down_blocks.0.resnets.0.conv1.weight"), "a VAE, a part of a model"),
         (only("text_model.encoder.layers.0.mlp.fc1.weight"), "a text encoder, a part of a model"),
-        (only("x"), "not a Stable Diffusion checkpoint"),
+        (only("x"), "checkpoint: no key begins with model.diffusion_model. minisd reads"),
     ],
 )
 def test_other_files_are_refused_by_name(

@@ -106,7 +106,7 @@ def test_a_file_gives_defaults_and_the_command_line_wins(write):
                                       "--no-random-flip", "--validation-prompts", "c"])  # fmt: skip
     assert (config.data, config.rank, config.random_flip) == (Path("~/other"), 4, False)
     assert config.validation_prompts == ("c",)  # instead of the file's, not after them
-    config = parse_args(SampleConfig, ["--config", write('prompt = ["a"]\neta = 1', "sample.toml")])
+    config = parse_args(SampleConfig, ["--config", write('prompt = ["a"]\nscheduler = "ddim"\neta = 1', "sample.toml")])
     assert (config.prompt, type(config.eta)) == (("a",), float)
 
 
@@ -173,3 +173,50 @@ def test_help_does_not_wait_for_torch(script):
     assert done.stderr.split() == ["False", "0"]
     assert "--seed" in done.stdout
     assert "--config" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["a castle"],
+            "options: a castle. A value stands behind its option, as in --output NAME. See --help.",
+        ),
+        (
+            ["--prompt", "a", "--sheduler", "euler"],
+            ": --sheduler, euler. Perhaps you meant --scheduler? See --help.",
+        ),
+        (["--prompt", "a", "--seed", "1.5"], "Error parsing --seed: expected a whole number, got '1.5'. See --help."),
+        (["--prompt", "a", "--eta", "x"], "Error parsing --eta: expected a number, got 'x'. See --help."),
+    ],
+)
+def test_a_mistake_is_said_once_and_in_words(words, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_args(SampleConfig, words)
+    assert stop.value.code == 2
+    line = capsys.readouterr().err
+    assert said in line
+    assert line.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("config_class", "first", "last"),
+    [
+        (TrainConfig, "Folder of pictures with captions", "one caption a line)."),
+        (SampleConfig, "LoRA file or PEFT folder", '"none" draws without.'),
+        (SampleConfig, "A text file with one prompt a line", "are comments."),
+    ],
+)
+def test_the_help_breaks_no_line_where_the_source_does(config_class, first, last, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "2000")
+    with pytest.raises(SystemExit):
+        parse_args(config_class, ["--help"])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if first in line]
+    assert last in line
+
+
+def test_who_leaves_in_the_middle_of_the_help_gets_no_traceback():
+    command = f"{sys.executable} sample.py --help | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage:")

@@ -112,7 +112,9 @@ def test_no_such_model(name: str, cache: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(socket, "socket", None)
     message = refusal(WeightsError, lambda: resolve_model(name))
     assert message.startswith("model ")
-    assert message.endswith(": not a folder, a file, a repo id, or 'pocket'.")
+    assert message.endswith(
+        ": no such folder or file, and not the id of a repository on the Hub (owner/name) or 'pocket'. Check the path."
+    )
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -116,6 +119,18 @@ def test_inspect_shows_what_kohya_says_and_no_control_characters(
     assert shown.replace("\n", "").isprintable()
     write(file, state, {"ss_tag_frequency": '{"a": 3}'})
     assert "tags" not in run("inspect", file)[1]
+
+
+def test_inspect_widens_the_column_of_names_to_what_is_needed(
+    networks: dict[str, nn.Module], tmp_path: Path, run: Run
+) -> None:
+    recipe = {"gradient_accumulation_steps": 1, "seed": 7}
+    save_lora(tmp_path / "a.safetensors", random_parts(networks, targets=("to_q",)), replace(INFO, recipe=recipe))
+    lines = run("inspect", tmp_path / "a.safetensors")[1].splitlines()
+    width = len("  gradient_accumulation_steps")
+    assert f"{'  gradient_accumulation_steps':<{width}} 1" in lines
+    assert f"{'  seed':<{width}} 7" in lines
+    assert all(len(line) <= width or (line[width] == " " and line[width + 1] != " ") for line in lines)
 
 
 def test_inspect_counts_blocks_of_a_numbered_file_and_doras(
@@ -239,13 +254,16 @@ def test_merge_into_one_equals_all_side_by_side(
 
 
 def test_merge_into_the_base_is_a_folder_that_diffusers_opens(
-    folder: Path, networks: dict[str, nn.Module], tmp_path: Path, run: Run
+    folder: Path, networks: dict[str, nn.Module], tmp_path: Path, run: Run, caplog: pytest.LogCaptureFixture
 ) -> None:
-    a, b, output = tmp_path / "a.safetensors", tmp_path / "b.safetensors", tmp_path / "model"
+    a, b, output = tmp_path / "a.safetensors", tmp_path / "b.safetensors", tmp_path / "my model"
     save_lora(a, random_parts(networks), INFO)
     save_lora(b, random_parts(networks, targets=("to_q",)), INFO)
+    caplog.set_level(logging.INFO)
     code, _, _ = run("merge", f"{a}:0.8", b, "--output", output, "--model", folder)
     assert code == 0
+    drawn_with = f"sample.py --model {shlex.quote(str(output))} --lora none"
+    assert f"wrote {output}, a model folder; draw with: {drawn_with}" in caplog.messages
     pipe = diffusers.DiffusionPipeline.from_pretrained(output)
     base = {part: network.state_dict() for part, network in networks.items()}
     one, two = (merged(folder, load_lora(path, networks), lora_scale=s) for path, s in ((a, 0.8), (b, 1.0)))
@@ -311,11 +329,28 @@ def test_resize_prints_what_is_kept(folder: Path, networks: dict[str, nn.Module]
         f"least kept: {shares[worst]:.2%} in {worst}\n"
     )
     full = tmp_path / "c.safetensors"
-    assert run("resize", a, "--rank", 3, "--output", full, "--model", folder)[1].startswith("energy kept: 100.00%")
+    shown = run("resize", a, "--rank", 3, "--output", full, "--model", folder)[1]
+    assert shown == "no module has a rank above 3: nothing was made smaller\n"
     assert all(torch.equal(tensor, load_file(full)[key]) for key, tensor in load_file(a).items())
 
 
 # --- refusals
+
+
+def test_loras_of_different_families_are_not_merged(tmp_path: Path, run: Run) -> None:
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+    files = []
+    for letter, width in (("a", 64), ("b", 768), ("c", 64)):
+        down, up = torch.ones(1, width), torch.ones(32, 1)
+        state = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+        files.append(write(tmp_path / f"{letter}.safetensors", state))
+    by_keys = {f"lora_te2_x.lora_{side}.weight": torch.ones(1, 1) for side in ("down", "up")}
+    files.append(write(tmp_path / "d.safetensors", by_keys))
+    said = "different bases: pocket (a.safetensors, c.safetensors), SD 1.x (b.safetensors), SDXL (d.safetensors). Only"
+    for output in (("out.safetensors",), ("out", "--model", "pocket")):
+        code, _, err = run("merge", *files, "--output", tmp_path / output[0], *output[1:])
+        assert (code, err.count("\n"), said in err) == (2, 1, True), err
+        assert not list(tmp_path.glob("out*"))
 
 
 def test_refusals_are_one_line(folder: Path, networks: dict[str, nn.Module], tmp_path: Path, run: Run) -> None:
@@ -325,11 +360,12 @@ def test_refusals_are_one_line(folder: Path, networks: dict[str, nn.Module], tmp
     dora = tmp_path / "dora.safetensors"
     magnitudes = {p: LoRAWeights(w.down, w.up, w.alpha, torch.ones(len(w.up))) for p, w in parts["unet"].items()}
     save_lora(dora, {"unet": magnitudes}, INFO)
+    missing = tmp_path / "none"
     flux = write(tmp_path / "f.safetensors", {f"transformer.x.lora_{side}.weight": torch.ones(1, 1) for side in "AB"})
     for arguments, code, message in (
         ((), 2, "{inspect, convert, merge, resize}"),
         (("inspect",), 2, "A LoRA file in any layout"),
-        (("inspect", tmp_path / "none"), 4, "No such file"),
+        (("inspect", missing), 4, "No such file"),
         (("convert", a), 2, "--output"),
         (("convert", a, "--output", out), 2, "its family is of no known family. Say with --model what it is for"),
         (("convert", a, "--output", a, "--model", folder), 2, "is there already. Choose another --output, or --overwr"),
@@ -342,7 +378,10 @@ def test_refusals_are_one_line(folder: Path, networks: dict[str, nn.Module], tmp
         (("merge", a, "--output", tmp_path / "b", "--rank", 2, "--model", folder), 2, "a model has no rank"),
         (("merge", a, dora, "--output", out, "--model", folder), 2, "--output FOLDER --model MODEL"),
         (("resize", dora, "--rank", 1, "--output", out, "--model", folder), 2, "a DoRA cannot be resized"),
-        (("resize", a, "--rank", 0, "--output", out, "--model", folder), 2, "a rank is at least 1, got 0"),
+        (("resize", missing, "--rank", 0, "--output", out), 2, "--rank 0: expected a whole number of at least 1."),
+        (("merge", a, "--rank", -1, "--output", out, "--model", "none"), 2, "--rank -1: expected a whole number of at"),
+        (("convert", missing, "--output", tmp_path / "b"), 2, "expected the name of a file that ends in .safetensors"),
+        (("resize", missing, "--rank", 1, "--output", tmp_path / "b"), 2, "a file that ends in .safetensors"),
         (
             ("resize", a, "--rank", 1, "--output", tmp_path / "no" / "x.safetensors", "--model", folder),
             6,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import math
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from minisd.errors import WeightsError
@@ -242,6 +243,11 @@ REFUSED: list[tuple[str, Callable[[dict[str, Tensor]], dict[str, Tensor]], str]]
     ("nothing", lambda s: {}, "not a LoRA"),
     ("a model", lambda s: {"conv_in.weight": torch.zeros(1)}, r"not a LoRA that can be read.*'conv_in\.weight'"),
     (
+        "a network",
+        lambda s: {f"conv{i}.weight": torch.zeros(1) for i in range(20)},
+        r"no known meaning: 20 .* It looks like a model: pass it with --model\.",
+    ),
+    (
         "a model in the original names",
         lambda s: {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(1)},
         "not a LoRA that can be read.* A model is passed with --model",
@@ -418,6 +424,36 @@ def test_damaged_files_are_refused(
     file.write_bytes(damage(save(kohya(random_lora(sd1)))))
     with pytest.raises(WeightsError, match=message):
         load_lora(file, {"unet": sd1})
+
+
+def test_a_pickled_lora_is_refused_with_a_way_to_convert_it_that_works(
+    sd1: UNet2DConditionModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    state = kohya(random_lora(sd1))
+    (tmp_path / "old.pkl").write_bytes(pickle.dumps(1, protocol=2) + bytes(600))
+    (tmp_path / "peft").mkdir()
+    for name in ("it's.ckpt", "peft/adapter_model.bin"):
+        torch.save(state, tmp_path / name)
+    for path in (Path("it's.ckpt"), Path("old.pkl"), Path("peft")):
+        with pytest.raises(WeightsError, match="never opens them") as caught:
+            load_lora(path, {"unet": sd1})
+        assert "spaces/safetensors" not in str(caught.value)
+        if path.name == "old.pkl":
+            continue
+        code = str(caught.value).partition("you can lose: ")[2].removesuffix(".")
+        monkeypatch.chdir(tmp_path / path if path.is_dir() else tmp_path)
+        exec(code)
+        monkeypatch.chdir(tmp_path)
+    converted = load_file("it's.safetensors")
+    assert converted.keys() == state.keys() == load_file("peft/adapter_model.safetensors").keys()
+    assert all(torch.equal(converted[key], state[key]) for key in state)
+
+
+def test_a_model_folder_passed_as_a_lora_is_refused_by_name(folder: Path, sd1: UNet2DConditionModel) -> None:
+    with pytest.raises(WeightsError, match="a model folder: pass it with --model") as caught:
+        load_lora(folder, {"unet": sd1})
+    assert str(caught.value).startswith(f"{folder}: ")
 
 
 def test_a_model_passed_as_a_lora_is_refused_unread(sd1: UNet2DConditionModel, tmp_path: Path) -> None:

@@ -69,6 +69,7 @@ def test_a_line_s_options_win_over_those_of_the_command_line(tmp_path):
         ("a cat --s 0", "line 2: --num-inference-steps 0: expected a whole number of at least 1"),
         ("a cat --h 100000", "line 2: --height 100000: expected from 8 to 8192"),
         ("a cat --d 99999999999999999999", "line 2: --seed 99999999999999999999"),
+        ("  --w 64 --n red", "line 2: there is no prompt, only options"),
         ("a cat <lora:style:1>", "line 2: '<lora:style:1>' in a prompt"),
     ],
 )
