@@ -98,22 +98,22 @@ _OPEN_CLIP_H: Json = {**_CLIP, "architectures": ["CLIPTextModel"], "hidden_act":
 _OPEN_CLIP_G: Json = {**_CLIP, "architectures": ["CLIPTextModelWithProjection"], "hidden_act": "gelu",
                       "hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 20,
                       "num_hidden_layers": 32, "projection_dim": 1280}  # fmt: skip
-_SCHEDULER: Json = {
+# Stable Diffusion 1.5's own scheduler file.
+SCHEDULER: Json = {
     "_class_name": "PNDMScheduler",
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
     "beta_start": 0.00085,
     "clip_sample": False,
     "num_train_timesteps": 1000,
-    "prediction_type": "epsilon",
     "set_alpha_to_one": False,
     "skip_prk_steps": True,
     "steps_offset": 1,
     "trained_betas": None,
 }
-_SCHEDULER_V: Json = {**_SCHEDULER, "_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}
+_SCHEDULER_V: Json = {**SCHEDULER, "_class_name": "DDIMScheduler"}
 _SCHEDULER_XL: Json = {
-    **_SCHEDULER,
+    **SCHEDULER,
     "_class_name": "EulerDiscreteScheduler",
     "interpolation_type": "linear",
     "sample_max_value": 1.0,
@@ -159,17 +159,17 @@ def published_configs(
     v = prediction_type == "v_prediction"
     if family == "sdxl":
         networks = {"unet": _UNET_XL, "vae": _VAE_XL, "text_encoder": _CLIP_L, "text_encoder_2": _OPEN_CLIP_G}
-        scheduler = {**_SCHEDULER_XL, "prediction_type": prediction_type}
+        scheduler = _SCHEDULER_XL
     elif family == "sd2":
         size = {"sample_size": 96} if v else {}
         networks = {"unet": {**_UNET_SD2, **size}, "vae": {**_VAE, "sample_size": 768}, "text_encoder": _OPEN_CLIP_H}
-        scheduler = dict(_SCHEDULER_V if v else _SCHEDULER)
+        scheduler = _SCHEDULER_V if v else SCHEDULER
     else:
         networks = {"unet": _UNET, "vae": _VAE, "text_encoder": _CLIP_L}
-        scheduler = dict(_SCHEDULER_V if v else _SCHEDULER)
-    if zero_terminal_snr:
-        scheduler |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    return ModelConfigs(networks, scheduler, zeros_when_absent=family == "sdxl")
+        scheduler = _SCHEDULER_V if v else SCHEDULER
+    trained = {"prediction_type": prediction_type}
+    to_the_end = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if zero_terminal_snr else {}
+    return ModelConfigs(networks, {**scheduler, **trained, **to_the_end}, zeros_when_absent=family == "sdxl")
 
 
 def pad_token(family: Family, tokenizer: str) -> str:

@@ -25,7 +25,7 @@ _OTHER_MODELS = {
     "decoder": "a model of two stages, such as Stable Cascade or unCLIP",
     "image_encoder": "a model that reads pictures, such as Stable Video Diffusion",
 }
-_SUPPORTED = "minisd reads Stable Diffusion 1.x, 2.x and SDXL base"
+SUPPORTED = "minisd reads Stable Diffusion 1.x, 2.x and SDXL base"
 
 
 def check_folder(folder: Path, variant: str | None) -> None:
@@ -107,9 +107,9 @@ def explain(missing: list[str], names: Collection[str], variant: str | None) -> 
     if name == "config.json":
         for other, kind in _OTHER_MODELS.items():
             if any(path.startswith(f"{other}/") for path in names):
-                return f"{kind} is not supported. {_SUPPORTED}."
+                return f"{kind} is not supported. {SUPPORTED}."
         if folder == "text_encoder" and "text_encoder_2/config.json" in names:
-            return f"the SDXL refiner is not supported. {_SUPPORTED}."
+            return f"the SDXL refiner is not supported. {SUPPORTED}."
         return f"not a model that can be read: {', '.join(missing)} missing. {LAYOUT}."
     beside = sorted(other.partition("/")[2] for other in names if other.startswith(f"{folder}/"))
     pickles = [other for other in beside if other.endswith(PICKLE_SUFFIXES)]

@@ -19,13 +19,13 @@ from minisd.errors import UsageError, WeightsError
 from minisd.families import NAMES, OTHER_CHANNELS, Family, ModelConfigs, network_on_meta, pad_token, published_configs
 from minisd.ldm_keys import Place, clip_l_key, network_of, open_clip_key, unet_key, vae_key, within
 from minisd.model_files import Header, TensorInfo, read_header, sha256_of
+from minisd.model_folder import SUPPORTED
 from minisd.strict_load import fill
 
 Prediction = Literal["epsilon", "v_prediction"]
 TOKENIZER = Path(__file__).parent / "clip_tokenizer"  # CLIP's, which all families read prompts with
 
 _UNET = "model.diffusion_model."
-_SUPPORTED = "minisd reads Stable Diffusion 1.x, 2.x and SDXL base"
 _WHOLE = "Give a file that holds the UNet, the VAE and the text encoder, or a folder in diffusers layout"
 # What the first component behind the UNet's prefix says of another architecture.
 _OTHER_UNETS = {
@@ -137,7 +137,7 @@ def _family(path: Path, header: Header) -> Family:
     """Find the family from keys and shapes. Raises WeightsError, by name, for what is none of them."""
     tensors = header.tensors
     if any(mark in tensors for mark in _EDM_MARKS):
-        raise WeightsError(f"{path}: an EDM model (CosXL, Playground 2.5) is not supported. {_SUPPORTED}.")
+        raise WeightsError(f"{path}: an EDM model (CosXL, Playground 2.5) is not supported. {SUPPORTED}.")
     unet = {name.removeprefix(_UNET): info for name, info in tensors.items() if name.startswith(_UNET)}
     if not unet:
         raise WeightsError(f"{path}: {_what_instead(tensors)}")
@@ -145,19 +145,19 @@ def _family(path: Path, header: Header) -> Family:
     if channels is None:
         kinds = {kind for name in unet if (kind := _OTHER_UNETS.get(name.partition(".")[0]))}
         what = " or ".join(sorted(kinds)) or "a model of another architecture"
-        raise WeightsError(f"{path}: {what} is not supported. {_SUPPORTED}.")
+        raise WeightsError(f"{path}: {what} is not supported. {SUPPORTED}.")
     if channels != 4:
         what = OTHER_CHANNELS.get(channels, "a model of another kind")
         raise WeightsError(f"{path}: {what} ({channels} input channels) is not supported. Choose its base model.")
     if _inputs(unet.get("label_emb.0.0.weight")) == 2560:
         raise WeightsError(f"{path}: the SDXL refiner is not supported. Choose SDXL base.")
     if any(name.startswith(("noise_augmentor.", "embedder.")) for name in tensors):
-        raise WeightsError(f"{path}: Stable unCLIP is not supported. {_SUPPORTED}.")
+        raise WeightsError(f"{path}: Stable unCLIP is not supported. {SUPPORTED}.")
     widths = {_inputs(info) for name, info in unet.items() if name.endswith(".attn2.to_k.weight")}
     known: Mapping[int | None, Family] = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
     family = known.get(widths.pop()) if len(widths) == 1 else None
     if family is None:
-        raise WeightsError(f"{path}: a UNet that reads none of the known text encoders. {_SUPPORTED}.")
+        raise WeightsError(f"{path}: a UNet that reads none of the known text encoders. {SUPPORTED}.")
     there = {network_of(name) for name in tensors}
     missing = [part for part in published_configs(family).networks if part not in there]
     if missing:
@@ -179,10 +179,10 @@ def _what_instead(tensors: Mapping[str, TensorInfo]) -> str:
     if some("lora", "hada_", "lokr_", ".oft_") or any(_NUMBERED_LORA.fullmatch(name) for name in tensors):
         return "a LoRA, not a model: pass it with --lora, and its base with --model."
     if some(".control_model.", ".controlnet_", ".input_hint_block."):
-        return f"a ControlNet is not supported. {_SUPPORTED}."
+        return f"a ControlNet is not supported. {SUPPORTED}."
     if some(".joint_blocks.", ".double_blocks."):
         kind = "Stable Diffusion 3" if some(".joint_blocks.") else "FLUX"
-        return f"{kind} is not supported. {_SUPPORTED}."
+        return f"{kind} is not supported. {SUPPORTED}."
     if some(".emb_params", ".clip_l", ".clip_g"):
         return "an embedding (textual inversion), not a model."
     if some(".input_blocks.0.0.weight"):
@@ -198,7 +198,7 @@ def _what_instead(tensors: Mapping[str, TensorInfo]) -> str:
     kinds = sorted({what for mark, what in parts.items() if some(mark)})
     if kinds:
         return f"{' and '.join(kinds)}, a part of a model. {_WHOLE}."
-    return f"not a Stable Diffusion checkpoint: no key begins with {_UNET[:-1]}. {_SUPPORTED}."
+    return f"not a Stable Diffusion checkpoint: no key begins with {_UNET[:-1]}. {SUPPORTED}."
 
 
 def _prediction(path: Path, header: Header, family: Family) -> Prediction:

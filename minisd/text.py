@@ -188,8 +188,10 @@ class TextEncoder:
         return hidden.flatten(0, 1), pooled[0]
 
     def _chunks_of(self, clip: CLIP, pieces: Sequence[tuple[str, float]]) -> int:
-        count = sum(len(clip.tokens(text)) for text, _ in pieces)
-        return max(1, math.ceil(count / (self.max_tokens - 2)))
+        return self._chunks_for(sum(len(clip.tokens(text)) for text, _ in pieces))
+
+    def _chunks_for(self, tokens: int) -> int:
+        return max(1, math.ceil(tokens / (self.max_tokens - 2)))
 
     def token_count(self, caption: str) -> int:
         """Tokens in a caption, without the start and end marks."""
@@ -197,7 +199,7 @@ class TextEncoder:
 
     def chunks(self, captions: Sequence[str]) -> int:
         """Chunks that the longest caption needs, at least 1."""
-        return max(max(1, math.ceil(self.token_count(caption) / (self.max_tokens - 2))) for caption in captions)
+        return max(self._chunks_for(self.token_count(caption)) for caption in captions)
 
     def add_tokens(self, vectors: Mapping[str, Tensor]) -> None:
         """Teach words their vectors, see CLIP.add_token.

@@ -11,7 +11,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 
 from minisd.pocket import scenes
-from minisd.weights import load_text_encoder, load_vae
+from minisd.weights import load_model, load_text_encoder, load_unet, load_vae
 from tests.tiny import write_tiny_model
 
 
@@ -21,6 +21,26 @@ def tiny_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny-sd1")
     write_tiny_model(folder)
     return folder
+
+
+@pytest.fixture(scope="session", params=["sd1", "sd2"])
+def sd_folder(request, tmp_path_factory):
+    """The same, and one like SD 2.x, in turn."""
+    folder = tmp_path_factory.mktemp(request.param)
+    write_tiny_model(folder, family=request.param)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_unet(tiny_folder):
+    """The tiny model's UNet."""
+    return load_unet(tiny_folder)
+
+
+@pytest.fixture(scope="module")
+def tiny_networks(tiny_folder):
+    """The tiny model's networks that a LoRA may adapt, by part."""
+    return load_model(str(tiny_folder)).networks()
 
 
 @pytest.fixture(scope="module")

@@ -186,6 +186,7 @@ INNER: dict[str, set[str]] = {
         "minisd.families",
         "minisd.ldm_keys",
         "minisd.model_files",
+        "minisd.model_folder",
         "minisd.strict_load",
     },
     "minisd.model_checks": {

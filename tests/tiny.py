@@ -237,3 +237,7 @@ def scheduler_config(prediction_type: PredictionType = "epsilon", family: Family
 def write_json(path: Path, value: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=2))
+
+
+def change_json(folder: Path, name: str, change: dict[str, object]) -> None:
+    write_json(folder / name, json.loads((folder / name).read_text()) | change)

@@ -11,6 +11,7 @@ import safetensors.torch
 from torch import Tensor
 
 from minisd.atomic import write_atomically
+from minisd.families import SCHEDULER
 
 VAE: dict[str, Any] = {
     "_class_name": "AutoencoderKL",
@@ -41,19 +42,6 @@ UNET: dict[str, Any] = {
     "out_channels": 4,
     "sample_size": 16,
     "up_block_types": ["CrossAttnUpBlock2D"] * 2,
-}
-# Stable Diffusion 1.5's own scheduler file.
-SCHEDULER: dict[str, Any] = {
-    "_class_name": "PNDMScheduler",
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "clip_sample": False,
-    "num_train_timesteps": 1000,
-    "set_alpha_to_one": False,
-    "skip_prk_steps": True,
-    "steps_offset": 1,
-    "trained_betas": None,
 }
 MODEL_INDEX: dict[str, Any] = {
     "_class_name": "StableDiffusionPipeline",

@@ -25,6 +25,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from minisd.atomic import write_atomically
 from minisd.ddpm import NoiseSchedule, NoiseScheduleConfig
+from minisd.families import SCHEDULER
 from minisd.pocket import architecture, scenes, vocabulary
 from minisd.training import Precision, lr_at
 from minisd.unet import UNet2DConditionModel
@@ -218,7 +219,7 @@ def train_unet(config: PretrainConfig, vae: AutoencoderKL, pictures: Tensor) -> 
     text_encoder = CLIPTextModel(CLIPTextConfig(**architecture.text_encoder(len(tokenizer)))).to(config.device)
     unet = UNet2DConditionModel(UNetConfig.from_json(architecture.UNET))
     unet = unet.to(config.device).to(memory_format=torch.channels_last)
-    schedule = NoiseSchedule(NoiseScheduleConfig.from_json(architecture.SCHEDULER))
+    schedule = NoiseSchedule(NoiseScheduleConfig.from_json(SCHEDULER))
     snr = schedule.snr(torch.arange(1000))
     weights = snr.clamp(max=5) / snr
 

@@ -28,26 +28,13 @@ from minisd.lora import (
 )
 from minisd.lora_reader import LoRA, load_lora
 from minisd.lora_writer import save_lora
-from minisd.weights import load_model, load_unet
+from minisd.weights import load_unet
 from tests.lora_files import INFO, close, fused, in_a_pipeline, merged, run_ours, run_theirs, same_weights, write
-from tests.tiny import write_tiny_model
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sd1")
-    write_tiny_model(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def networks(folder: Path) -> dict[str, nn.Module]:
-    return load_model(str(folder)).networks()
-
-
-def trained(folder: Path, **fields: Any) -> Any:
+def trained(tiny_folder: Path, **fields: Any) -> Any:
     """A pipeline with DoRAs of PEFT in all layers of the UNet and in the text encoder, magnitudes as if learnt."""
-    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None)
     torch.manual_seed(3)
     settings = {"r": 4, "lora_alpha": 6, "init_lora_weights": False, "use_dora": True} | fields
     pipe.unet.add_adapter(peft.LoraConfig(target_modules=list(TARGETS["all"]), **settings))
@@ -74,41 +61,41 @@ def saved(pipe: Any, to: Path) -> Path:
 
 @pytest.mark.parametrize("fields", [{}, {"use_rslora": True}, {"rank_pattern": {"to_k": 2}}])
 def test_a_dora_of_peft_has_the_same_weights_and_outputs_here(
-    folder: Path, networks: dict[str, nn.Module], tmp_path: Path, fields: dict[str, Any]
+    tiny_folder: Path, tiny_networks: dict[str, nn.Module], tmp_path: Path, fields: dict[str, Any]
 ) -> None:
-    pipe = trained(folder, **fields)
-    lora = load_lora(saved(pipe, tmp_path), networks)
+    pipe = trained(tiny_folder, **fields)
+    lora = load_lora(saved(pipe, tmp_path), tiny_networks)
     assert all(w.magnitude is not None for part in lora.parts.values() for w in part.values())
     assert len({w.down.dim() for w in lora.parts["unet"].values()}) == 2  # linear layers and convolutions
     outputs = run_theirs(pipe.unet)
-    close(run_ours(folder, lora.parts["unet"]), outputs, 1e-10)
-    close(run_ours(folder, lora.parts["unet"], merged=True), outputs, 1e-10)
-    same_weights(merged(folder, lora), fused(pipe))
+    close(run_ours(tiny_folder, lora.parts["unet"]), outputs, 1e-10)
+    close(run_ours(tiny_folder, lora.parts["unet"], merged=True), outputs, 1e-10)
+    same_weights(merged(tiny_folder, lora), fused(pipe))
     plain = {path: replace(w, magnitude=None) for path, w in lora.parts["unet"].items()}
-    assert (run_ours(folder, plain) - outputs).abs().max() > 0.1
+    assert (run_ours(tiny_folder, plain) - outputs).abs().max() > 0.1
 
 
-def test_a_folder_of_peft_has_doras_too(folder: Path, networks: dict[str, nn.Module], tmp_path: Path) -> None:
+def test_a_folder_of_peft_has_doras_too(tiny_folder: Path, tiny_networks: dict[str, nn.Module], tmp_path: Path) -> None:
     model = peft.get_peft_model(
-        diffusers.UNet2DConditionModel.from_pretrained(folder / "unet"),
+        diffusers.UNet2DConditionModel.from_pretrained(tiny_folder / "unet"),
         peft.LoraConfig(r=4, lora_alpha=6, target_modules=["to_q", "conv1"], use_dora=True, init_lora_weights=False),
     )
     model.save_pretrained(tmp_path)
-    lora = load_lora(tmp_path, networks)
-    close(run_ours(folder, lora.parts["unet"]), run_theirs(model), 1e-10)
+    lora = load_lora(tmp_path, tiny_networks)
+    close(run_ours(tiny_folder, lora.parts["unet"]), run_theirs(model), 1e-10)
 
 
 @pytest.mark.parametrize("lora_format", ["kohya", "peft"])
 def test_our_doras_come_back_exactly_and_diffusers_reads_pefts_layout(
-    folder: Path, networks: dict[str, nn.Module], tmp_path: Path, lora_format: Any
+    tiny_folder: Path, tiny_networks: dict[str, nn.Module], tmp_path: Path, lora_format: Any
 ) -> None:
     """diffusers drops kohya's dora_scale with a warning and loads another change; ComfyUI and A1111 do not."""
-    lora = load_lora(saved(trained(folder), tmp_path), networks)
+    lora = load_lora(saved(trained(tiny_folder), tmp_path), tiny_networks)
     file = tmp_path / "ours.safetensors"
     save_lora(file, lora.parts, INFO, lora_format=lora_format)
-    same_weights(merged(folder, load_lora(file, networks)), merged(folder, lora), tolerance=0)
+    same_weights(merged(tiny_folder, load_lora(file, tiny_networks)), merged(tiny_folder, lora), tolerance=0)
     if lora_format == "peft":
-        same_weights(in_a_pipeline(folder, file), merged(folder, lora))
+        same_weights(in_a_pipeline(tiny_folder, file), merged(tiny_folder, lora))
     shapes = {
         tuple(t.shape) for key, t in load_file(file).items() if key.endswith((".dora_scale", "magnitude_vector.weight"))
     }
@@ -117,13 +104,13 @@ def test_our_doras_come_back_exactly_and_diffusers_reads_pefts_layout(
 
 
 def test_other_spellings_of_the_magnitude_are_read(
-    folder: Path, networks: dict[str, nn.Module], tmp_path: Path
+    tiny_folder: Path, tiny_networks: dict[str, nn.Module], tmp_path: Path
 ) -> None:
     """OneTrainer's ends in .weight; half precision is as good."""
-    lora = load_lora(saved(trained(folder), tmp_path), networks)
+    lora = load_lora(saved(trained(tiny_folder), tmp_path), tiny_networks)
     state = {f"{key}.weight" if key.endswith("magnitude_vector") else key: t.half()
              for key, t in load_file(tmp_path / "pytorch_lora_weights.safetensors").items()}  # fmt: skip
-    again = load_lora(write(tmp_path / "b.safetensors", state), networks)
+    again = load_lora(write(tmp_path / "b.safetensors", state), tiny_networks)
     for path, given in lora.parts["unet"].items():
         magnitude = again.parts["unet"][path].magnitude
         assert magnitude is not None
@@ -132,11 +119,11 @@ def test_other_spellings_of_the_magnitude_are_read(
 
 
 @pytest.fixture
-def dora(folder: Path) -> dict[str, LoRAWeights]:
+def dora(tiny_folder: Path) -> dict[str, LoRAWeights]:
     """Of each layer of the UNet."""
     generator = torch.Generator().manual_seed(2)
     doras = {}
-    for path, layer in adaptable_layers(load_unet(folder)).items():
+    for path, layer in adaptable_layers(load_unet(tiny_folder)).items():
         out, *inner = layer.weight.shape
         up, down = torch.randn(out, 3, generator=generator), torch.randn(3, *inner, generator=generator)
         up = up.reshape(out, 3, *[1] * (len(inner) - 1))
@@ -144,8 +131,8 @@ def dora(folder: Path) -> dict[str, LoRAWeights]:
     return doras
 
 
-def test_strength_is_a_line_from_the_base_to_the_dora(folder: Path, dora: dict[str, LoRAWeights]) -> None:
-    unet = load_unet(folder).double()
+def test_strength_is_a_line_from_the_base_to_the_dora(tiny_folder: Path, dora: dict[str, LoRAWeights]) -> None:
+    unet = load_unet(tiny_folder).double()
     base = {path: layer.weight.clone() for path, layer in adaptable_layers(unet).items()}
     add_lora(unet, dora, name="style")
     layers = adaptable_layers(unet)
@@ -166,17 +153,17 @@ def test_strength_is_a_line_from_the_base_to_the_dora(folder: Path, dora: dict[s
             close(layer.weight, expected, 0 if strength == 0 else 1e-12)
 
 
-def test_adapters_side_by_side_add_their_changes_of_the_base(folder: Path, dora: dict[str, LoRAWeights]) -> None:
+def test_adapters_side_by_side_add_their_changes_of_the_base(tiny_folder: Path, dora: dict[str, LoRAWeights]) -> None:
     plain = {path: replace(lora, magnitude=None) for path, lora in dora.items()}
     sums = {}
     for weights in (plain, dora):
-        unet = load_unet(folder).double()
+        unet = load_unet(tiny_folder).double()
         add_lora(unet, weights, name="one")
         merge_lora(unet)
         for path, layer in adaptable_layers(unet).items():
             assert layer.base_weight is not None
             sums[path] = sums.get(path, layer.base_weight) + layer.weight - layer.base_weight
-    unet = load_unet(folder).double()
+    unet = load_unet(tiny_folder).double()
     for name, weights in (("plain", plain), ("dora", dora)):
         add_lora(unet, weights, name=name)
     outputs = run_of(unet)
@@ -200,9 +187,9 @@ def test_a_row_of_zeros_stays_zero() -> None:
 
 
 def test_a_dora_is_not_trained_and_not_mixed_into_pefts_layout(
-    folder: Path, dora: dict[str, LoRAWeights], tmp_path: Path
+    tiny_folder: Path, dora: dict[str, LoRAWeights], tmp_path: Path
 ) -> None:
-    unet = load_unet(folder)
+    unet = load_unet(tiny_folder)
     inject_lora(unet, ["to_q"], rank=3, alpha=2.0)
     assert all(w.magnitude is None for w in lora_weights(unet).values())
     path = next(path for path in dora if path.endswith("to_q"))
@@ -213,6 +200,6 @@ def test_a_dora_is_not_trained_and_not_mixed_into_pefts_layout(
         save_lora(tmp_path / "a.safetensors", parts, INFO, lora_format="peft")
     save_lora(tmp_path / "a.safetensors", parts, INFO)
     again = load_lora(tmp_path / "a.safetensors", {"unet": unet})
-    same_weights(merged(folder, again), merged(folder, LoRA(parts, {}, INFO)), tolerance=0)
+    same_weights(merged(tiny_folder, again), merged(tiny_folder, LoRA(parts, {}, INFO)), tolerance=0)
     with pytest.raises(ValueError, match=r"DoRA's magnitude is \[2\], one for each output, got \[3\]"):
         LoRAWeights(torch.ones(1, 3), torch.ones(2, 1), 1.0, torch.ones(3))

@@ -28,29 +28,13 @@ from minisd.lora import (
 from minisd.lora_info import LoRAInfo
 from minisd.lora_reader import load_lora
 from minisd.lora_writer import save_lora
-from minisd.unet import UNet2DConditionModel
 from minisd.weights import load_unet
 from tests.lora_files import INFO, PREFIX, close, kohya, random_lora, read_unet, run_ours, run_theirs, write
-from tests.tiny import write_tiny_model
 
 
-@pytest.fixture(scope="module", params=["sd1", "sd2"])
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp(request.param)
-    write_tiny_model(folder, family=request.param)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def sd1(tmp_path_factory: pytest.TempPathFactory) -> UNet2DConditionModel:
-    folder = tmp_path_factory.mktemp("one")
-    write_tiny_model(folder)
-    return load_unet(folder)
-
-
-def through_diffusers(folder: Path, file: Path, dtype: torch.dtype = torch.float64) -> Tensor:
+def through_diffusers(sd_folder: Path, file: Path, dtype: torch.dtype = torch.float64) -> Tensor:
     """The base's UNet output after diffusers has loaded a LoRA file into its pipeline."""
-    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(sd_folder, safety_checker=None)
     pipe.load_lora_weights(file.parent, weight_name=file.name)
     return run_theirs(pipe.unet, dtype)
 
@@ -58,24 +42,24 @@ def through_diffusers(folder: Path, file: Path, dtype: torch.dtype = torch.float
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("targets", ["attn", "attn+ff", "all"])
 def test_diffusers_reads_our_file_as_we_do(
-    folder: Path, tmp_path: Path, targets: str, dtype: torch.dtype, tolerance: float
+    sd_folder: Path, tmp_path: Path, targets: str, dtype: torch.dtype, tolerance: float
 ) -> None:
     file = tmp_path / "ours.safetensors"
-    trained = random_lora(load_unet(folder), targets=targets)
+    trained = random_lora(load_unet(sd_folder), targets=targets)
     save_lora(file, {"unet": trained}, INFO)
-    weights, _ = read_unet(file, load_unet(folder))
-    ours = run_ours(folder, weights, dtype)
-    close(ours, through_diffusers(folder, file, dtype), tolerance)
-    assert torch.equal(ours, run_ours(folder, trained, dtype))
-    close(ours, run_ours(folder, weights, dtype, merged=True), tolerance)
-    base = run_ours(folder, {}, dtype)
+    weights, _ = read_unet(file, load_unet(sd_folder))
+    ours = run_ours(sd_folder, weights, dtype)
+    close(ours, through_diffusers(sd_folder, file, dtype), tolerance)
+    assert torch.equal(ours, run_ours(sd_folder, trained, dtype))
+    close(ours, run_ours(sd_folder, weights, dtype, merged=True), tolerance)
+    base = run_ours(sd_folder, {}, dtype)
     assert (ours - base).abs().max() > 0.05
     halved = {path: LoRAWeights(w.down, w.up, w.alpha / 2) for path, w in trained.items()}
-    assert (ours - run_ours(folder, halved, dtype)).abs().max() > 0.02  # alpha counts
+    assert (ours - run_ours(sd_folder, halved, dtype)).abs().max() > 0.02  # alpha counts
 
 
-def trained_by_peft(folder: Path, targets: str = "attn", **fields: Any) -> diffusers.UNet2DConditionModel:
-    unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet")
+def trained_by_peft(sd_folder: Path, targets: str = "attn", **fields: Any) -> diffusers.UNet2DConditionModel:
+    unet = diffusers.UNet2DConditionModel.from_pretrained(sd_folder / "unet")
     torch.manual_seed(3)
     unet.add_adapter(
         peft.LoraConfig(r=4, lora_alpha=6, target_modules=list(TARGETS[targets]), init_lora_weights=False, **fields)
@@ -143,19 +127,19 @@ WRITERS: dict[Writer, bool] = {  # -> whether alpha is in the file
     ("writer", "targets"),
     [*((writer, "attn") for writer in WRITERS), *((w, "all") for w in WRITERS if w is not by_old_attention_processors)],
 )
-def test_we_read_what_diffusers_writes(folder: Path, tmp_path: Path, writer: Writer, targets: str) -> None:
+def test_we_read_what_diffusers_writes(sd_folder: Path, tmp_path: Path, writer: Writer, targets: str) -> None:
     keeps_alpha = WRITERS[writer]
-    unet = trained_by_peft(folder, targets)
+    unet = trained_by_peft(sd_folder, targets)
     file = writer(unet, tmp_path)
-    weights, info = read_unet(file, load_unet(folder))
+    weights, info = read_unet(file, load_unet(sd_folder))
     assert info.rank == 4
     assert {w.alpha for w in weights.values()} == {6.0 if keeps_alpha else 4.0}
-    ours = run_ours(folder, weights)
+    ours = run_ours(sd_folder, weights)
     # save_lora_adapter's file is for unet.load_lora_adapter. Of a file that has both .lora.down and .lora_A, as the
     # scripts write for layers outside attention, the pipeline looks at the first key only and drops all .lora.down.
     mixed = targets == "all" and writer in (by_diffusers_script, by_diffusers_script_with_metadata)
     if writer is not by_save_lora_adapter and not mixed:
-        close(ours, through_diffusers(folder, file), 1e-10)
+        close(ours, through_diffusers(sd_folder, file), 1e-10)
     if not keeps_alpha:
         assert (ours - run_theirs(unet)).abs().max() > 0.01
         for layer in unet.modules():
@@ -177,38 +161,38 @@ def test_we_read_what_diffusers_writes(folder: Path, tmp_path: Path, writer: Wri
         {"alpha_pattern": {"^mid_block.attentions.0.transformer_blocks.0.attn1.to_q$": 9}},
     ],
 )
-def test_we_read_what_peft_writes(folder: Path, tmp_path: Path, fields: dict[str, Any]) -> None:
+def test_we_read_what_peft_writes(sd_folder: Path, tmp_path: Path, fields: dict[str, Any]) -> None:
     torch.manual_seed(3)
     settings = {"target_modules": list(TARGETS["attn"])} | fields
     config = peft.LoraConfig(r=4, lora_alpha=6, init_lora_weights=False, **settings)
-    model = peft.get_peft_model(diffusers.UNet2DConditionModel.from_pretrained(folder / "unet"), config)
+    model = peft.get_peft_model(diffusers.UNet2DConditionModel.from_pretrained(sd_folder / "unet"), config)
     model.save_pretrained(tmp_path)
-    weights, _ = read_unet(tmp_path / "adapter_model.safetensors", load_unet(folder))
-    close(run_ours(folder, weights), run_theirs(model), 1e-10)
+    weights, _ = read_unet(tmp_path / "adapter_model.safetensors", load_unet(sd_folder))
+    close(run_ours(sd_folder, weights), run_theirs(model), 1e-10)
     if not fields:
         (tmp_path / "adapter_config.json").unlink()
         with pytest.raises(WeightsError, match=r"keeps alpha in adapter_config\.json"):
-            load_lora(tmp_path / "adapter_model.safetensors", {"unet": load_unet(folder)})
+            load_lora(tmp_path / "adapter_model.safetensors", {"unet": load_unet(sd_folder)})
 
 
 @pytest.mark.parametrize("fields", [{"use_rslora": True}, {"rank_pattern": {"to_q": 2}, "alpha_pattern": {"to_q": 3}}])
-def test_the_header_of_diffusers_counts(folder: Path, tmp_path: Path, fields: dict[str, Any]) -> None:
-    unet = trained_by_peft(folder, **fields)
-    weights, _ = read_unet(by_diffusers_script_with_metadata(unet, tmp_path), load_unet(folder))
-    close(run_ours(folder, weights), run_theirs(unet), 1e-10)
+def test_the_header_of_diffusers_counts(sd_folder: Path, tmp_path: Path, fields: dict[str, Any]) -> None:
+    unet = trained_by_peft(sd_folder, **fields)
+    weights, _ = read_unet(by_diffusers_script_with_metadata(unet, tmp_path), load_unet(sd_folder))
+    close(run_ours(sd_folder, weights), run_theirs(unet), 1e-10)
 
 
-def test_kohya_without_alpha_means_alpha_is_the_rank(folder: Path, tmp_path: Path) -> None:
-    state = kohya(random_lora(load_unet(folder)))
+def test_kohya_without_alpha_means_alpha_is_the_rank(sd_folder: Path, tmp_path: Path) -> None:
+    state = kohya(random_lora(load_unet(sd_folder)))
     file = write(tmp_path / "k.safetensors", {key: t for key, t in state.items() if not key.endswith(".alpha")})
-    weights, info = read_unet(file, load_unet(folder))
+    weights, info = read_unet(file, load_unet(sd_folder))
     assert {w.alpha for w in weights.values()} == {4.0}
     assert info == LoRAInfo(rank=4, alpha=4.0, targets=("to_k", "to_out.0", "to_q", "to_v"))
-    close(run_ours(folder, weights), through_diffusers(folder, file), 1e-10)
+    close(run_ours(sd_folder, weights), through_diffusers(sd_folder, file), 1e-10)
 
 
-def test_layers_outside_the_blocks_are_adapted_too(folder: Path, tmp_path: Path) -> None:
-    model = load_unet(folder)
+def test_layers_outside_the_blocks_are_adapted_too(sd_folder: Path, tmp_path: Path) -> None:
+    model = load_unet(sd_folder)
     outside = [path for path in adaptable_layers(model) if not path.endswith(TARGETS["all"])]
     inject_lora(model, outside, rank=3, alpha=6)
     for _, parameter in lora_parameters(model):
@@ -216,6 +200,6 @@ def test_layers_outside_the_blocks_are_adapted_too(folder: Path, tmp_path: Path)
     assert outside == ["conv_in", "time_embedding.linear_1", "time_embedding.linear_2", "conv_out"]
     file = write(tmp_path / "k.safetensors", kohya(lora_weights(model)))
     weights, _ = read_unet(file, model)
-    ours = run_ours(folder, weights)
-    close(ours, through_diffusers(folder, file), 1e-10)
-    assert (ours - run_ours(folder, {})).abs().max() > 0.05
+    ours = run_ours(sd_folder, weights)
+    close(ours, through_diffusers(sd_folder, file), 1e-10)
+    assert (ours - run_ours(sd_folder, {})).abs().max() > 0.05

@@ -29,22 +29,9 @@ from minisd.lora_writer import save_lora
 from minisd.model_files import read_header
 from minisd.weights import load_model
 from tests.lora_files import in_a_pipeline, kohya, merged, random_lora, random_parts, same_weights, write
-from tests.tiny import write_tiny_model
 
 INFO = LoRAInfo(rank=2, alpha=3.0, base_model_version="pocket", trigger="8bit", recipe={"learning_rate": 1e-4})
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sd1")
-    write_tiny_model(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def networks(folder: Path) -> dict[str, nn.Module]:
-    return load_model(str(folder)).networks()
 
 
 @pytest.fixture
@@ -74,8 +61,8 @@ def row(text: str, name: str) -> str:
 # --- inspect
 
 
-def test_inspect_shows_sizes_recipe_and_norms(networks: dict[str, nn.Module], tmp_path: Path, run: Run) -> None:
-    parts = random_parts(networks, targets=("to_q", "fc1"), alphas=(3.0,))
+def test_inspect_shows_sizes_recipe_and_norms(tiny_networks: dict[str, nn.Module], tmp_path: Path, run: Run) -> None:
+    parts = random_parts(tiny_networks, targets=("to_q", "fc1"), alphas=(3.0,))
     file = tmp_path / "a.safetensors"
     save_lora(file, parts, INFO)
     code, shown, _ = run("inspect", file)
@@ -95,7 +82,7 @@ def test_inspect_shows_sizes_recipe_and_norms(networks: dict[str, nn.Module], tm
 
 
 def test_inspect_shows_what_kohya_says_and_no_control_characters(
-    networks: dict[str, nn.Module], tmp_path: Path, run: Run
+    tiny_networks: dict[str, nn.Module], tmp_path: Path, run: Run
 ) -> None:
     metadata = {
         "ss_learning_rate": "0.0001",
@@ -105,7 +92,7 @@ def test_inspect_shows_what_kohya_says_and_no_control_characters(
         "modelspec.trigger_phrase": "red\n",
         "ss_output_name": "x" * 1000,
     }
-    state = kohya(random_lora(networks["unet"]))
+    state = kohya(random_lora(tiny_networks["unet"]))
     file = write(tmp_path / "k.safetensors", state | {"\x1b[2J\n": torch.zeros(1)}, metadata)
     code, shown, _ = run("inspect", file)
     assert code == 0
@@ -122,10 +109,10 @@ def test_inspect_shows_what_kohya_says_and_no_control_characters(
 
 
 def test_inspect_widens_the_column_of_names_to_what_is_needed(
-    networks: dict[str, nn.Module], tmp_path: Path, run: Run
+    tiny_networks: dict[str, nn.Module], tmp_path: Path, run: Run
 ) -> None:
     recipe = {"gradient_accumulation_steps": 1, "seed": 7}
-    save_lora(tmp_path / "a.safetensors", random_parts(networks, targets=("to_q",)), replace(INFO, recipe=recipe))
+    save_lora(tmp_path / "a.safetensors", random_parts(tiny_networks, targets=("to_q",)), replace(INFO, recipe=recipe))
     lines = run("inspect", tmp_path / "a.safetensors")[1].splitlines()
     width = len("  gradient_accumulation_steps")
     assert f"{'  gradient_accumulation_steps':<{width}} 1" in lines
@@ -134,7 +121,7 @@ def test_inspect_widens_the_column_of_names_to_what_is_needed(
 
 
 def test_inspect_counts_blocks_of_a_numbered_file_and_doras(
-    networks: dict[str, nn.Module], tmp_path: Path, run: Run
+    tiny_networks: dict[str, nn.Module], tmp_path: Path, run: Run
 ) -> None:
     state = {f"unet:{i}:{piece}": torch.ones(2, 2) for i in range(18) for piece in ("up", "down")}
     _, shown, _ = run(
@@ -155,18 +142,20 @@ def test_inspect_counts_blocks_of_a_numbered_file_and_doras(
 
 @pytest.mark.parametrize("first", ["kohya", "peft"])
 def test_convert_there_and_back_gives_the_same_bytes(
-    folder: Path, networks: dict[str, nn.Module], tmp_path: Path, run: Run, first: str
+    tiny_folder: Path, tiny_networks: dict[str, nn.Module], tmp_path: Path, run: Run, first: str
 ) -> None:
     other = {"kohya": "peft", "peft": "kohya"}[first]
     a, b, c = (tmp_path / f"{name}.safetensors" for name in "abc")
-    save_lora(a, random_parts(networks), INFO, lora_format=first)  # type: ignore[arg-type]
-    assert run("convert", a, "--output", b, "--lora-format", other, "--model", folder)[0] == 0
-    assert run("convert", b, "--output", c, "--lora-format", first, "--model", folder)[0] == 0
+    save_lora(a, random_parts(tiny_networks), INFO, lora_format=first)  # type: ignore[arg-type]
+    assert run("convert", a, "--output", b, "--lora-format", other, "--model", tiny_folder)[0] == 0
+    assert run("convert", b, "--output", c, "--lora-format", first, "--model", tiny_folder)[0] == 0
     # Rank and alpha of the header are now those that most modules have.
-    lora = load_lora(c, networks)
+    lora = load_lora(c, tiny_networks)
     save_lora(a, lora.parts, lora.info, lora_format=first)  # type: ignore[arg-type]
     assert c.read_bytes() == a.read_bytes()
-    same_weights(merged(folder, lora), merged(folder, LoRA(random_parts(networks), {}, INFO)), tolerance=0)
+    same_weights(
+        merged(tiny_folder, lora), merged(tiny_folder, LoRA(random_parts(tiny_networks), {}, INFO)), tolerance=0
+    )
 
 
 def test_convert_knows_the_pocket_model_and_casts(tmp_path: Path, run: Run) -> None:
@@ -179,7 +168,7 @@ def test_convert_knows_the_pocket_model_and_casts(tmp_path: Path, run: Run) -> N
 
 
 def test_convert_finds_sdxl_in_the_keys_and_writes_the_embeddings_beside(
-    folder: Path, networks: dict[str, nn.Module], tmp_path: Path, run: Run
+    tiny_folder: Path, tiny_networks: dict[str, nn.Module], tmp_path: Path, run: Run
 ) -> None:
     """A file of SDXL in diffusers' names becomes one in the original names, as A1111 wants it."""
     name = "down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
@@ -197,35 +186,38 @@ def test_convert_finds_sdxl_in_the_keys_and_writes_the_embeddings_beside(
     assert read_header(b).metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
 
     vector = torch.arange(32.0)
-    c = with_words(tmp_path / "c.safetensors", networks, {"<s/1>": vector})
-    assert run("convert", c, "--output", tmp_path / "d.safetensors", "--model", folder)[0] == 0
+    c = with_words(tmp_path / "c.safetensors", tiny_networks, {"<s/1>": vector})
+    assert run("convert", c, "--output", tmp_path / "d.safetensors", "--model", tiny_folder)[0] == 0
     assert {key: value.tolist() for key, value in load_file(tmp_path / "d-s1.safetensors").items()} == {
         "<s/1>": [vector.tolist()]
     }
 
 
-def with_words(path: Path, networks: dict[str, nn.Module], vectors: dict[str, Tensor]) -> Path:
+def with_words(path: Path, tiny_networks: dict[str, nn.Module], vectors: dict[str, Tensor]) -> Path:
     """A numbered file that adapts the text encoder and brings words along."""
-    layers = [name for name in adaptable_layers(networks["text_encoder"]) if "self_attn" in name]
+    layers = [name for name in adaptable_layers(tiny_networks["text_encoder"]) if "self_attn" in name]
     numbers = {f"text_encoder:{i}:{piece}": torch.ones(*((32, 1) if piece == "up" else (1, 32)))
                for i in range(len(layers)) for piece in ("up", "down")}  # fmt: skip
     return write(path, numbers | vectors, dict.fromkeys(vectors, "<embed>"))
 
 
 def test_no_embedding_is_lost_or_written_over(
-    folder: Path, networks: dict[str, nn.Module], tmp_path: Path, run: Run
+    tiny_folder: Path, tiny_networks: dict[str, nn.Module], tmp_path: Path, run: Run
 ) -> None:
-    a = with_words(tmp_path / "a.safetensors", networks, {"<s1>": torch.ones(32), "<s-1>": torch.zeros(32)})
-    b, out = with_words(tmp_path / "b.safetensors", networks, {"<s1>": torch.ones(32)}), tmp_path / "out.safetensors"
-    assert run("convert", a, "--output", out, "--model", folder)[0] == 0
+    a = with_words(tmp_path / "a.safetensors", tiny_networks, {"<s1>": torch.ones(32), "<s-1>": torch.zeros(32)})
+    b, out = (
+        with_words(tmp_path / "b.safetensors", tiny_networks, {"<s1>": torch.ones(32)}),
+        tmp_path / "out.safetensors",
+    )
+    assert run("convert", a, "--output", out, "--model", tiny_folder)[0] == 0
     written = {key for file in tmp_path.glob("out-*.safetensors") for key in load_file(file)}
     assert written == {"<s1>", "<s-1>"}
     out.unlink()
-    code, _, err = run("convert", b, "--output", out, "--model", folder)
+    code, _, err = run("convert", b, "--output", out, "--model", tiny_folder)
     assert (code, "out-s1.safetensors is there already" in err, out.exists()) == (2, True, False)
-    assert run("convert", b, "--output", out, "--model", folder, "--overwrite")[0] == 0
+    assert run("convert", b, "--output", out, "--model", tiny_folder, "--overwrite")[0] == 0
     for output in (tmp_path / "both.safetensors", tmp_path / "both"):
-        code, _, err = run("merge", a, b, "--output", output, "--model", folder)
+        code, _, err = run("merge", a, b, "--output", output, "--model", tiny_folder)
         assert (code, "embeddings of the same token" in err) == (2, True)
         assert not list(tmp_path.glob("both*"))
 
@@ -234,19 +226,19 @@ def test_no_embedding_is_lost_or_written_over(
 
 
 def test_merge_into_one_equals_all_side_by_side(
-    folder: Path, networks: dict[str, nn.Module], tmp_path: Path, run: Run
+    tiny_folder: Path, tiny_networks: dict[str, nn.Module], tmp_path: Path, run: Run
 ) -> None:
     a, b, c = (tmp_path / f"{name}.safetensors" for name in "abc")
-    save_lora(a, random_parts(networks, targets=("to_q", "conv1")), INFO)
-    save_lora(b, random_parts(networks, targets=("to_q", "fc1"), alphas=(1.0, 2.0)), INFO, lora_format="peft")
-    assert run("merge", f"{a}:0.8", f"{b}:-0.5", "--output", c, "--model", folder)[0] == 0
-    assert len({w.alpha for part in load_lora(c, networks).parts.values() for w in part.values()}) == 1
-    base = {part: network.state_dict() for part, network in networks.items()}
-    one, two = (merged(folder, load_lora(path, networks), lora_scale=s) for path, s in ((a, 0.8), (b, -0.5)))
+    save_lora(a, random_parts(tiny_networks, targets=("to_q", "conv1")), INFO)
+    save_lora(b, random_parts(tiny_networks, targets=("to_q", "fc1"), alphas=(1.0, 2.0)), INFO, lora_format="peft")
+    assert run("merge", f"{a}:0.8", f"{b}:-0.5", "--output", c, "--model", tiny_folder)[0] == 0
+    assert len({w.alpha for part in load_lora(c, tiny_networks).parts.values() for w in part.values()}) == 1
+    base = {part: network.state_dict() for part, network in tiny_networks.items()}
+    one, two = (merged(tiny_folder, load_lora(path, tiny_networks), lora_scale=s) for path, s in ((a, 0.8), (b, -0.5)))
     total = {part: {key: one[part][key] + two[part][key] - base[part][key] for key in base[part]} for part in base}
-    same_weights(merged(folder, load_lora(c, networks)), total, tolerance=1e-6)
-    same_weights(in_a_pipeline(folder, c), total, tolerance=1e-6)
-    info = load_lora(c, networks).info
+    same_weights(merged(tiny_folder, load_lora(c, tiny_networks)), total, tolerance=1e-6)
+    same_weights(in_a_pipeline(tiny_folder, c), total, tolerance=1e-6)
+    info = load_lora(c, tiny_networks).info
     assert info.recipe == {
         "merged": [{"file": "a.safetensors", "scale": 0.8}, {"file": "b.safetensors", "scale": -0.5}]
     }
@@ -254,48 +246,48 @@ def test_merge_into_one_equals_all_side_by_side(
 
 
 def test_merge_into_the_base_is_a_folder_that_diffusers_opens(
-    folder: Path, networks: dict[str, nn.Module], tmp_path: Path, run: Run, caplog: pytest.LogCaptureFixture
+    tiny_folder: Path, tiny_networks: dict[str, nn.Module], tmp_path: Path, run: Run, caplog: pytest.LogCaptureFixture
 ) -> None:
     a, b, output = tmp_path / "a.safetensors", tmp_path / "b.safetensors", tmp_path / "my model"
-    save_lora(a, random_parts(networks), INFO)
-    save_lora(b, random_parts(networks, targets=("to_q",)), INFO)
+    save_lora(a, random_parts(tiny_networks), INFO)
+    save_lora(b, random_parts(tiny_networks, targets=("to_q",)), INFO)
     caplog.set_level(logging.INFO)
-    code, _, _ = run("merge", f"{a}:0.8", b, "--output", output, "--model", folder)
+    code, _, _ = run("merge", f"{a}:0.8", b, "--output", output, "--model", tiny_folder)
     assert code == 0
     drawn_with = f"sample.py --model {shlex.quote(str(output))} --lora none"
     assert f"wrote {output}, a model folder; draw with: {drawn_with}" in caplog.messages
     pipe = diffusers.DiffusionPipeline.from_pretrained(output)
-    base = {part: network.state_dict() for part, network in networks.items()}
-    one, two = (merged(folder, load_lora(path, networks), lora_scale=s) for path, s in ((a, 0.8), (b, 1.0)))
+    base = {part: network.state_dict() for part, network in tiny_networks.items()}
+    one, two = (merged(tiny_folder, load_lora(path, tiny_networks), lora_scale=s) for path, s in ((a, 0.8), (b, 1.0)))
     total = {part: {key: one[part][key] + two[part][key] - base[part][key] for key in base[part]} for part in base}
-    same_weights({part: getattr(pipe, part).double().state_dict() for part in networks}, total, tolerance=1e-6)
+    same_weights({part: getattr(pipe, part).double().state_dict() for part in tiny_networks}, total, tolerance=1e-6)
     halved = tmp_path / "half"
-    assert run("merge", a, "--output", halved, "--model", folder, "--dtype", "float16")[0] == 0
+    assert run("merge", a, "--output", halved, "--model", tiny_folder, "--dtype", "float16")[0] == 0
     files = [*halved.glob("*/*.safetensors")]
     assert len(files) == 3
     assert {tensor.dtype for file in files for tensor in load_file(file).values()} == {torch.float16}
-    code, _, err = run("merge", a, "--output", output, "--model", folder)
+    code, _, err = run("merge", a, "--output", output, "--model", tiny_folder)
     assert (code, err.count("\n")) == (2, 1)
     assert "is there already" in err
 
 
 def test_a_merge_too_strong_for_float16_is_refused(
-    folder: Path, networks: dict[str, nn.Module], tmp_path: Path, run: Run
+    tiny_folder: Path, tiny_networks: dict[str, nn.Module], tmp_path: Path, run: Run
 ) -> None:
     a, output = tmp_path / "a.safetensors", tmp_path / "model"
-    save_lora(a, random_parts(networks, targets=("to_q",)), INFO)
-    code, _, err = run("merge", f"{a}:1e8", "--output", output, "--model", folder, "--dtype", "float16")
+    save_lora(a, random_parts(tiny_networks, targets=("to_q",)), INFO)
+    code, _, err = run("merge", f"{a}:1e8", "--output", output, "--model", tiny_folder, "--dtype", "float16")
     assert (code, err.count("\n")) == (7, 1)
     assert "to_q.weight has values that are NaN or too large for torch.float16" in err
     assert not output.exists()
 
 
 def test_the_models_files_can_be_chosen_as_in_the_scripts(
-    folder: Path, networks: dict[str, nn.Module], tmp_path: Path, run: Run
+    tiny_folder: Path, tiny_networks: dict[str, nn.Module], tmp_path: Path, run: Run
 ) -> None:
     a, half = tmp_path / "a.safetensors", tmp_path / "half"
-    save_lora(a, random_parts(networks, targets=("to_q",)), INFO)
-    shutil.copytree(folder, half)
+    save_lora(a, random_parts(tiny_networks, targets=("to_q",)), INFO)
+    shutil.copytree(tiny_folder, half)
     for file in half.glob("*/*.safetensors"):
         file.rename(file.with_suffix(".fp16.safetensors"))
     for command in (("convert",), ("resize", "--rank", 1), ("merge",)):
@@ -308,13 +300,15 @@ def test_the_models_files_can_be_chosen_as_in_the_scripts(
     assert run(*arguments)[0] == 0
 
 
-def test_resize_prints_what_is_kept(folder: Path, networks: dict[str, nn.Module], tmp_path: Path, run: Run) -> None:
+def test_resize_prints_what_is_kept(
+    tiny_folder: Path, tiny_networks: dict[str, nn.Module], tmp_path: Path, run: Run
+) -> None:
     a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
-    parts = random_parts(networks, targets=("to_q", "conv1", "fc1"), alphas=(2.0,))
+    parts = random_parts(tiny_networks, targets=("to_q", "conv1", "fc1"), alphas=(2.0,))
     save_lora(a, parts, INFO)
-    code, shown, _ = run("resize", a, "--rank", 2, "--output", b, "--model", folder)
+    code, shown, _ = run("resize", a, "--rank", 2, "--output", b, "--model", tiny_folder)
     assert code == 0
-    small = load_lora(b, networks)
+    small = load_lora(b, tiny_networks)
     assert {w.rank for part in small.parts.values() for w in part.values()} == {1, 2}
     kept, whole, shares = 0.0, 0.0, {}
     for part, weights in parts.items():
@@ -329,7 +323,7 @@ def test_resize_prints_what_is_kept(folder: Path, networks: dict[str, nn.Module]
         f"least kept: {shares[worst]:.2%} in {worst}\n"
     )
     full = tmp_path / "c.safetensors"
-    shown = run("resize", a, "--rank", 3, "--output", full, "--model", folder)[1]
+    shown = run("resize", a, "--rank", 3, "--output", full, "--model", tiny_folder)[1]
     assert shown == "no module has a rank above 3: nothing was made smaller\n"
     assert all(torch.equal(tensor, load_file(full)[key]) for key, tensor in load_file(a).items())
 
@@ -353,9 +347,11 @@ def test_loras_of_different_families_are_not_merged(tmp_path: Path, run: Run) ->
         assert not list(tmp_path.glob("out*"))
 
 
-def test_refusals_are_one_line(folder: Path, networks: dict[str, nn.Module], tmp_path: Path, run: Run) -> None:
+def test_refusals_are_one_line(
+    tiny_folder: Path, tiny_networks: dict[str, nn.Module], tmp_path: Path, run: Run
+) -> None:
     a, out = tmp_path / "a.safetensors", tmp_path / "out.safetensors"
-    parts = random_parts(networks, targets=("to_q",))
+    parts = random_parts(tiny_networks, targets=("to_q",))
     save_lora(a, parts, LoRAInfo(rank=1, alpha=1))
     dora = tmp_path / "dora.safetensors"
     magnitudes = {p: LoRAWeights(w.down, w.up, w.alpha, torch.ones(len(w.up))) for p, w in parts["unet"].items()}
@@ -368,22 +364,26 @@ def test_refusals_are_one_line(folder: Path, networks: dict[str, nn.Module], tmp
         (("inspect", missing), 4, "No such file"),
         (("convert", a), 2, "--output"),
         (("convert", a, "--output", out), 2, "its family is of no known family. Say with --model what it is for"),
-        (("convert", a, "--output", a, "--model", folder), 2, "is there already. Choose another --output, or --overwr"),
+        (
+            ("convert", a, "--output", a, "--model", tiny_folder),
+            2,
+            "is there already. Choose another --output, or --overwr",
+        ),
         (("convert", flux, "--output", out), 4, "it is for FLUX or SD 3, which is not supported"),
         (("convert", a, "--output", out, "--model", "pocket"), 4, "the model is pocket"),
         (("merge", "--output", out), 2, "PATH or PATH:SCALE"),
         (("merge", f"{a}:x", "--output", out), 2, "expected PATH or PATH:SCALE"),
         (("merge", f"{a}:nan", "--output", out), 2, "expected PATH or PATH:SCALE"),
         (("merge", a, "--output", tmp_path / "folder"), 2, "For a folder, give --model, too"),
-        (("merge", a, "--output", tmp_path / "b", "--rank", 2, "--model", folder), 2, "a model has no rank"),
-        (("merge", a, dora, "--output", out, "--model", folder), 2, "--output FOLDER --model MODEL"),
-        (("resize", dora, "--rank", 1, "--output", out, "--model", folder), 2, "a DoRA cannot be resized"),
+        (("merge", a, "--output", tmp_path / "b", "--rank", 2, "--model", tiny_folder), 2, "a model has no rank"),
+        (("merge", a, dora, "--output", out, "--model", tiny_folder), 2, "--output FOLDER --model MODEL"),
+        (("resize", dora, "--rank", 1, "--output", out, "--model", tiny_folder), 2, "a DoRA cannot be resized"),
         (("resize", missing, "--rank", 0, "--output", out), 2, "--rank 0: expected a whole number of at least 1."),
         (("merge", a, "--rank", -1, "--output", out, "--model", "none"), 2, "--rank -1: expected a whole number of at"),
         (("convert", missing, "--output", tmp_path / "b"), 2, "expected the name of a file that ends in .safetensors"),
         (("resize", missing, "--rank", 1, "--output", tmp_path / "b"), 2, "a file that ends in .safetensors"),
         (
-            ("resize", a, "--rank", 1, "--output", tmp_path / "no" / "x.safetensors", "--model", folder),
+            ("resize", a, "--rank", 1, "--output", tmp_path / "no" / "x.safetensors", "--model", tiny_folder),
             6,
             "No such file",
         ),
@@ -393,7 +393,7 @@ def test_refusals_are_one_line(folder: Path, networks: dict[str, nn.Module], tmp
         assert message in err
     assert not out.exists()
     before = a.read_bytes()
-    assert run("resize", a, "--rank", 1, "--output", a, "--model", folder, "--overwrite")[0] == 0
+    assert run("resize", a, "--rank", 1, "--output", a, "--model", tiny_folder, "--overwrite")[0] == 0
     assert a.read_bytes() != before
 
 

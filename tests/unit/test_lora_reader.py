@@ -31,27 +31,12 @@ from minisd.unet import UNet2DConditionModel
 from minisd.unet_config import UNetConfig
 from minisd.weights import load_unet
 from tests.lora_files import INFO, PREFIX, kohya, random_lora, read_unet, run_ours, write
-from tests.tiny import write_tiny_model
-
-
-@pytest.fixture(scope="module", params=["sd1", "sd2"])
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp(request.param)
-    write_tiny_model(folder, family=request.param)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def sd1(tmp_path_factory: pytest.TempPathFactory) -> UNet2DConditionModel:
-    folder = tmp_path_factory.mktemp("one")
-    write_tiny_model(folder)
-    return load_unet(folder)
 
 
 @pytest.mark.parametrize("dims", [2, 4])
-def test_a_projection_is_a_matrix_or_a_1x1_convolution(folder: Path, tmp_path: Path, dims: int) -> None:
+def test_a_projection_is_a_matrix_or_a_1x1_convolution(sd_folder: Path, tmp_path: Path, dims: int) -> None:
     """SD 1.x has 1 x 1 convolutions for proj_in and proj_out, SD 2.x linear layers; a file may have either for both."""
-    model = load_unet(folder)
+    model = load_unet(sd_folder)
     given = {path: w for path, w in random_lora(model, targets="all").items() if ".proj_" in path}
     state = {
         key: tensor.flatten(1)[(...,) + (None,) * (dims - 2)] if tensor.dim() else tensor
@@ -59,35 +44,35 @@ def test_a_projection_is_a_matrix_or_a_1x1_convolution(folder: Path, tmp_path: P
     }
     weights, _ = read_unet(write(tmp_path / "k.safetensors", state), model)
     assert {w.shape for w in weights.values()} == {tuple(adaptable_layers(model)[path].weight.shape) for path in given}
-    assert torch.equal(run_ours(folder, weights), run_ours(folder, given))
+    assert torch.equal(run_ours(sd_folder, weights), run_ours(sd_folder, given))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_and_1x1_convolution_shapes(folder: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+def test_half_precision_and_1x1_convolution_shapes(sd_folder: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     state = {
         key: t.to(dtype) if t.dim() == 0 else t[:, :, None, None].to(dtype)
-        for key, t in kohya(random_lora(load_unet(folder))).items()
+        for key, t in kohya(random_lora(load_unet(sd_folder))).items()
     }
-    weights, _ = read_unet(write(tmp_path / "k.safetensors", state), load_unet(folder))
+    weights, _ = read_unet(write(tmp_path / "k.safetensors", state), load_unet(sd_folder))
     assert {w.down.dtype for w in weights.values()} == {dtype}
     expected = {
         path: LoRAWeights(w.down.to(dtype).float(), w.up.to(dtype).float(), 6.0)
-        for path, w in random_lora(load_unet(folder)).items()
+        for path, w in random_lora(load_unet(sd_folder)).items()
     }
-    assert torch.equal(run_ours(folder, weights), run_ours(folder, expected))
+    assert torch.equal(run_ours(sd_folder, weights), run_ours(sd_folder, expected))
 
 
-def test_a_model_with_adapters_reads_files_all_the_same(sd1: UNet2DConditionModel, tmp_path: Path) -> None:
+def test_a_model_with_adapters_reads_files_all_the_same(tiny_unet: UNet2DConditionModel, tmp_path: Path) -> None:
     with torch.device("meta"):
-        unet = UNet2DConditionModel(sd1.config)
+        unet = UNet2DConditionModel(tiny_unet.config)
     inject_lora(unet, TARGETS["attn"], rank=2, alpha=2)
-    save_lora(tmp_path / "a.safetensors", {"unet": random_lora(sd1)}, INFO)
+    save_lora(tmp_path / "a.safetensors", {"unet": random_lora(tiny_unet)}, INFO)
     weights, _ = read_unet(tmp_path / "a.safetensors", unet)
     assert add_lora(unet, weights, name="second") == list(lora_weights(unet))
     assert len(lora_parameters(unet)) == 4 * len(weights)
 
 
-def test_kohyas_header_is_understood(sd1: UNet2DConditionModel, tmp_path: Path) -> None:
+def test_kohyas_header_is_understood(tiny_unet: UNet2DConditionModel, tmp_path: Path) -> None:
     metadata = {
         "ss_base_model_version": "sd_v1",
         "ss_output_name": "style",
@@ -98,7 +83,7 @@ def test_kohyas_header_is_understood(sd1: UNet2DConditionModel, tmp_path: Path) 
         "modelspec.trigger_phrase": "sks",
         "modelspec.prediction_type": "v",
     }
-    _, info = read_unet(write(tmp_path / "k.safetensors", kohya(random_lora(sd1)), metadata), sd1)
+    _, info = read_unet(write(tmp_path / "k.safetensors", kohya(random_lora(tiny_unet)), metadata), tiny_unet)
     assert info == LoRAInfo(
         base_model_version="sd_v1",
         rank=4,
@@ -113,12 +98,12 @@ def test_kohyas_header_is_understood(sd1: UNet2DConditionModel, tmp_path: Path) 
 
 
 def test_a_file_without_effect_is_loaded_with_a_warning(
-    sd1: UNet2DConditionModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tiny_unet: UNet2DConditionModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    zero = {path: LoRAWeights(w.down, torch.zeros_like(w.up), w.alpha) for path, w in random_lora(sd1).items()}
+    zero = {path: LoRAWeights(w.down, torch.zeros_like(w.up), w.alpha) for path, w in random_lora(tiny_unet).items()}
     save_lora(tmp_path / "a.safetensors", {"unet": zero}, INFO)
     with caplog.at_level(logging.WARNING):
-        load_lora(tmp_path / "a.safetensors", {"unet": sd1})
+        load_lora(tmp_path / "a.safetensors", {"unet": tiny_unet})
     assert "no effect" in caplog.text
 
 
@@ -281,14 +266,14 @@ REFUSED: list[tuple[str, Callable[[dict[str, Tensor]], dict[str, Tensor]], str]]
 
 @pytest.mark.parametrize(("change", "message"), [case[1:] for case in REFUSED], ids=[case[0] for case in REFUSED])
 def test_refusals(
-    sd1: UNet2DConditionModel,
+    tiny_unet: UNet2DConditionModel,
     tmp_path: Path,
     change: Callable[[dict[str, Tensor]], dict[str, Tensor]],
     message: str,
 ) -> None:
-    file = write(tmp_path / "k.safetensors", change(kohya(random_lora(sd1))))
+    file = write(tmp_path / "k.safetensors", change(kohya(random_lora(tiny_unet))))
     with pytest.raises(WeightsError, match=message) as caught:
-        load_lora(file, {"unet": sd1})
+        load_lora(file, {"unet": tiny_unet})
     assert str(caught.value).startswith(f"{file}: ")
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 1500
@@ -369,16 +354,16 @@ def test_every_module_of_a_wrong_base_is_counted(tmp_path: Path) -> None:
     ],
 )
 def test_a_damaged_peft_configuration_is_refused(
-    sd1: UNet2DConditionModel, tmp_path: Path, config: str, message: str
+    tiny_unet: UNet2DConditionModel, tmp_path: Path, config: str, message: str
 ) -> None:
     state = {
         f"unet.{path}.lora_{part}.weight": tensor
-        for path, w in random_lora(sd1).items()
+        for path, w in random_lora(tiny_unet).items()
         for part, tensor in (("A", w.down), ("B", w.up))
     }
     file = write(tmp_path / "p.safetensors", state, {"lora_adapter_metadata": config})
     with pytest.raises(WeightsError, match=message):
-        load_lora(file, {"unet": sd1})
+        load_lora(file, {"unet": tiny_unet})
 
 
 @pytest.mark.parametrize(
@@ -392,11 +377,11 @@ def test_a_damaged_peft_configuration_is_refused(
     ],
 )
 def test_a_damaged_header_is_refused(
-    sd1: UNet2DConditionModel, tmp_path: Path, metadata: dict[str, str], message: str
+    tiny_unet: UNet2DConditionModel, tmp_path: Path, metadata: dict[str, str], message: str
 ) -> None:
-    file = write(tmp_path / "k.safetensors", kohya(random_lora(sd1)), metadata)
+    file = write(tmp_path / "k.safetensors", kohya(random_lora(tiny_unet)), metadata)
     with pytest.raises(WeightsError, match=message) as caught:
-        load_lora(file, {"unet": sd1})
+        load_lora(file, {"unet": tiny_unet})
     assert str(file) in str(caught.value)
 
 
@@ -418,26 +403,26 @@ def with_header(data: bytes, edit: Callable[[str], str]) -> bytes:
     ],
 )
 def test_damaged_files_are_refused(
-    sd1: UNet2DConditionModel, tmp_path: Path, damage: Callable[[bytes], bytes], message: str
+    tiny_unet: UNet2DConditionModel, tmp_path: Path, damage: Callable[[bytes], bytes], message: str
 ) -> None:
     file = tmp_path / "k.safetensors"
-    file.write_bytes(damage(save(kohya(random_lora(sd1)))))
+    file.write_bytes(damage(save(kohya(random_lora(tiny_unet)))))
     with pytest.raises(WeightsError, match=message):
-        load_lora(file, {"unet": sd1})
+        load_lora(file, {"unet": tiny_unet})
 
 
 def test_a_pickled_lora_is_refused_with_a_way_to_convert_it_that_works(
-    sd1: UNet2DConditionModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_unet: UNet2DConditionModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    state = kohya(random_lora(sd1))
+    state = kohya(random_lora(tiny_unet))
     (tmp_path / "old.pkl").write_bytes(pickle.dumps(1, protocol=2) + bytes(600))
     (tmp_path / "peft").mkdir()
     for name in ("it's.ckpt", "peft/adapter_model.bin"):
         torch.save(state, tmp_path / name)
     for path in (Path("it's.ckpt"), Path("old.pkl"), Path("peft")):
         with pytest.raises(WeightsError, match="never opens them") as caught:
-            load_lora(path, {"unet": sd1})
+            load_lora(path, {"unet": tiny_unet})
         assert "spaces/safetensors" not in str(caught.value)
         if path.name == "old.pkl":
             continue
@@ -450,19 +435,19 @@ def test_a_pickled_lora_is_refused_with_a_way_to_convert_it_that_works(
     assert all(torch.equal(converted[key], state[key]) for key in state)
 
 
-def test_a_model_folder_passed_as_a_lora_is_refused_by_name(folder: Path, sd1: UNet2DConditionModel) -> None:
+def test_a_model_folder_passed_as_a_lora_is_refused_by_name(sd_folder: Path, tiny_unet: UNet2DConditionModel) -> None:
     with pytest.raises(WeightsError, match="a model folder: pass it with --model") as caught:
-        load_lora(folder, {"unet": sd1})
-    assert str(caught.value).startswith(f"{folder}: ")
+        load_lora(sd_folder, {"unet": tiny_unet})
+    assert str(caught.value).startswith(f"{sd_folder}: ")
 
 
-def test_a_model_passed_as_a_lora_is_refused_unread(sd1: UNet2DConditionModel, tmp_path: Path) -> None:
+def test_a_model_passed_as_a_lora_is_refused_unread(tiny_unet: UNet2DConditionModel, tmp_path: Path) -> None:
     entries = {f"lora_unet_{i}.alpha": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(20_001)}
     raw = json.dumps(entries).encode()
     many = tmp_path / "many.safetensors"
     many.write_bytes(len(raw).to_bytes(8, "little") + raw)
     with pytest.raises(WeightsError, match="20001 tensors"):
-        load_lora(many, {"unet": sd1})
+        load_lora(many, {"unet": tiny_unet})
     huge = tmp_path / "huge.safetensors"
     size = 4 * 2**30
     header = json.dumps(
@@ -472,4 +457,4 @@ def test_a_model_passed_as_a_lora_is_refused_unread(sd1: UNet2DConditionModel, t
         file.write(len(header).to_bytes(8, "little") + header)
         file.truncate(8 + len(header) + size)  # sparse
     with pytest.raises(WeightsError, match="larger than 4 GiB"):
-        load_lora(huge, {"unet": sd1})
+        load_lora(huge, {"unet": tiny_unet})

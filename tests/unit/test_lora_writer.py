@@ -29,34 +29,19 @@ from minisd.model_files import read_header
 from minisd.unet import UNet2DConditionModel
 from minisd.weights import load_unet
 from tests.lora_files import INFO, kohya, random_lora, read_unet
-from tests.tiny import write_tiny_model
-
-
-@pytest.fixture(scope="module", params=["sd1", "sd2"])
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp(request.param)
-    write_tiny_model(folder, family=request.param)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def sd1(tmp_path_factory: pytest.TempPathFactory) -> UNet2DConditionModel:
-    folder = tmp_path_factory.mktemp("one")
-    write_tiny_model(folder)
-    return load_unet(folder)
 
 
 @pytest.mark.parametrize("alpha", [6.0, 1.0, 0.1, 1e-3, 64.0])
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("targets", ["attn", "all"])
 def test_round_trip_keeps_weights_alphas_and_information(
-    sd1: UNet2DConditionModel, tmp_path: Path, alpha: float, dtype: torch.dtype | None, targets: str
+    tiny_unet: UNet2DConditionModel, tmp_path: Path, alpha: float, dtype: torch.dtype | None, targets: str
 ) -> None:
     file = tmp_path / "ours.safetensors"
-    trained = random_lora(sd1, rank=3, alpha=alpha, targets=targets)
+    trained = random_lora(tiny_unet, rank=3, alpha=alpha, targets=targets)
     info = LoRAInfo(rank=3, alpha=alpha, base_model="pocket", base_model_version="pocket", targets=TARGETS[targets])
     save_lora(file, {"unet": trained}, info, dtype=dtype)
-    weights, read = read_unet(file, sd1)
+    weights, read = read_unet(file, tiny_unet)
     assert list(weights) != []
     assert weights.keys() == trained.keys()
     for path, given in trained.items():
@@ -71,16 +56,16 @@ def test_round_trip_keeps_weights_alphas_and_information(
     assert again.read_bytes() == file.read_bytes()
 
 
-def test_our_names_of_all_are_kohyas(folder: Path) -> None:
+def test_our_names_of_all_are_kohyas(sd_folder: Path) -> None:
     """LoRANetwork of its scripts: each linear layer and convolution that is a child of a module of these classes."""
-    unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet")
+    unet = diffusers.UNet2DConditionModel.from_pretrained(sd_folder / "unet")
     expected = {}
     for name, module in unet.named_modules():
         if type(module).__name__ in ("Transformer2DModel", "ResnetBlock2D", "Downsample2D", "Upsample2D"):
             for child, layer in module.named_modules():
                 if type(layer).__name__ in ("Linear", "Conv2d"):
                     expected[f"lora_unet.{name}.{child}".replace(".", "_")] = layer.weight
-    ours = load_unet(folder)
+    ours = load_unet(sd_folder)
     inject_lora(ours, TARGETS["all"], rank=3, alpha=6)
     written = load(lora_bytes({"unet": lora_weights(ours)}, INFO))
     assert {key.partition(".")[0] for key in written} == expected.keys()
@@ -92,21 +77,23 @@ def test_our_names_of_all_are_kohyas(folder: Path) -> None:
         assert written[f"{name}.alpha"] == 6
 
 
-def test_ranks_and_alphas_may_differ_between_modules(sd1: UNet2DConditionModel, tmp_path: Path) -> None:
+def test_ranks_and_alphas_may_differ_between_modules(tiny_unet: UNet2DConditionModel, tmp_path: Path) -> None:
     file = tmp_path / "ours.safetensors"
-    paths = list(random_lora(sd1))
-    mixed = random_lora(sd1) | {path: w for path, w in random_lora(sd1, rank=2, alpha=0.5).items() if path in paths[:3]}
+    paths = list(random_lora(tiny_unet))
+    mixed = random_lora(tiny_unet) | {
+        path: w for path, w in random_lora(tiny_unet, rank=2, alpha=0.5).items() if path in paths[:3]
+    }
     save_lora(file, {"unet": mixed}, INFO)
-    weights, info = read_unet(file, sd1)
+    weights, info = read_unet(file, tiny_unet)
     assert {path: (w.rank, w.alpha) for path, w in weights.items()} == {
         path: (2, 0.5) if path in paths[:3] else (4, 6.0) for path in paths
     }
     assert (info.rank, info.alpha) == (4, 6.0)
 
 
-def test_the_header_says_what_other_programs_ask_for(sd1: UNet2DConditionModel, tmp_path: Path) -> None:
+def test_the_header_says_what_other_programs_ask_for(tiny_unet: UNet2DConditionModel, tmp_path: Path) -> None:
     file = tmp_path / "ours.safetensors"
-    save_lora(file, {"unet": random_lora(sd1)}, INFO)
+    save_lora(file, {"unet": random_lora(tiny_unet)}, INFO)
     header = read_header(file)
     assert header.metadata == {
         "format": "pt",
@@ -143,17 +130,19 @@ def test_the_header_says_what_other_programs_ask_for(sd1: UNet2DConditionModel, 
     assert header.tensors[f"{name}.alpha"].shape == ()
 
 
-def test_the_header_of_convolutions_is_kohyas(sd1: UNet2DConditionModel, tmp_path: Path) -> None:
+def test_the_header_of_convolutions_is_kohyas(tiny_unet: UNet2DConditionModel, tmp_path: Path) -> None:
     info = LoRAInfo(rank=4, alpha=6.0, targets=TARGETS["all"])
-    save_lora(tmp_path / "a.safetensors", {"unet": random_lora(sd1, targets="all")}, info)
+    save_lora(tmp_path / "a.safetensors", {"unet": random_lora(tiny_unet, targets="all")}, info)
     metadata = read_header(tmp_path / "a.safetensors").metadata
     assert json.loads(metadata["ss_network_args"]) == {"conv_dim": "4", "conv_alpha": "6.0"}
     assert json.loads(metadata["minisd.targets"]) == list(TARGETS["all"])
 
 
 @pytest.mark.parametrize("flat", [False, True])
-def test_the_targets_of_others_are_guessed_from_the_ends_of_their_names(sd1: UNet2DConditionModel, flat: bool) -> None:
-    paths = [path for path in adaptable_layers(sd1) if path.endswith(TARGETS["all"])]
+def test_the_targets_of_others_are_guessed_from_the_ends_of_their_names(
+    tiny_unet: UNet2DConditionModel, flat: bool
+) -> None:
+    paths = [path for path in adaptable_layers(tiny_unet) if path.endswith(TARGETS["all"])]
     names = target_names([path.replace(".", "_") if flat else path for path in paths])
     assert set(names) == {target.replace(".", "_") if flat else target for target in TARGETS["all"]}
     assert target_names(["middle_block_0_in_layers_2", "input_blocks_4_1_proj_in"]) == ("in_layers_2", "proj_in")
@@ -225,9 +214,9 @@ def test_a_folder_that_looks_like_a_repository_is_a_path(tmp_path: Path, monkeyp
     assert public_name("alice/sd15") == "sd15"
 
 
-def test_other_slashes_in_a_recipe_stay(sd1: UNet2DConditionModel, tmp_path: Path) -> None:
+def test_other_slashes_in_a_recipe_stay(tiny_unet: UNet2DConditionModel, tmp_path: Path) -> None:
     recipe = {"prompt": "a city, 8bit/16bit", "betas": [0.9, 0.999], "none": None, "escaped": r"a \(cat\)"}
-    save_lora(tmp_path / "a.safetensors", {"unet": random_lora(sd1)}, LoRAInfo(rank=4, alpha=6, recipe=recipe))
+    save_lora(tmp_path / "a.safetensors", {"unet": random_lora(tiny_unet)}, LoRAInfo(rank=4, alpha=6, recipe=recipe))
     assert read_lora_info(tmp_path / "a.safetensors").recipe == recipe
 
 
@@ -247,10 +236,10 @@ def test_names_of_bases(width: int, prediction: str, version: str) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e6])
-def test_what_is_not_finite_is_not_written(sd1: UNet2DConditionModel, tmp_path: Path, value: float) -> None:
+def test_what_is_not_finite_is_not_written(tiny_unet: UNet2DConditionModel, tmp_path: Path, value: float) -> None:
     file = tmp_path / "ours.safetensors"
     file.write_bytes(b"older")
-    trained = random_lora(sd1)
+    trained = random_lora(tiny_unet)
     next(iter(trained.values())).up[0, 0] = value
     with pytest.raises(NonFiniteError, match=r"attn1_to_q\.lora_up\.weight has values that are NaN or too large"):
         save_lora(file, {"unet": trained}, INFO, dtype=torch.float16)
@@ -258,14 +247,16 @@ def test_what_is_not_finite_is_not_written(sd1: UNet2DConditionModel, tmp_path: 
     assert file.read_bytes() == b"older"
 
 
-def test_other_refusals_of_the_writer(sd1: UNet2DConditionModel, tmp_path: Path) -> None:
+def test_other_refusals_of_the_writer(tiny_unet: UNet2DConditionModel, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no LoRA weights"):
         save_lora(tmp_path / "a.safetensors", {"unet": {}}, INFO)
     with pytest.raises(ValueError, match="float64"):
-        save_lora(tmp_path / "a.safetensors", {"unet": random_lora(sd1)}, INFO, dtype=torch.float64)
+        save_lora(tmp_path / "a.safetensors", {"unet": random_lora(tiny_unet)}, INFO, dtype=torch.float64)
     for recipe in ({"loss": math.nan}, {"what": object()}):
         with pytest.raises(ValueError, match="JSON"):
-            save_lora(tmp_path / "a.safetensors", {"unet": random_lora(sd1)}, LoRAInfo(rank=4, alpha=6, recipe=recipe))
+            save_lora(
+                tmp_path / "a.safetensors", {"unet": random_lora(tiny_unet)}, LoRAInfo(rank=4, alpha=6, recipe=recipe)
+            )
     assert not list(tmp_path.iterdir())
 
 
@@ -291,11 +282,11 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.
             write_atomically(path, b"three")
 
 
-def test_our_tensors_are_kohyas(sd1: UNet2DConditionModel, tmp_path: Path) -> None:
+def test_our_tensors_are_kohyas(tiny_unet: UNet2DConditionModel, tmp_path: Path) -> None:
     file = tmp_path / "ours.safetensors"
-    save_lora(file, {"unet": random_lora(sd1)}, INFO)
+    save_lora(file, {"unet": random_lora(tiny_unet)}, INFO)
     state = load_file(file)
-    expected = kohya(random_lora(sd1))
+    expected = kohya(random_lora(tiny_unet))
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[key], expected[key]) for key in expected)
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from minisd.errors import MinisdError, UsageError, WeightsError
 from minisd.hub import resolve_model
 from minisd.weights import load_model, weights_id
-from tests.tiny import TinyModel, write_json, write_tiny_model
+from tests.tiny import TinyModel, change_json, write_json, write_tiny_model
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -37,10 +37,6 @@ def folder(xl: TinyModel, tmp_path: Path) -> Path:
     """A copy of an XL model to change."""
     shutil.copytree(xl.folder, tmp_path / "model")
     return tmp_path / "model"
-
-
-def change_json(folder: Path, name: str, change: dict[str, object]) -> None:
-    write_json(folder / name, json.loads((folder / name).read_text()) | change)
 
 
 def refusal(kind: type[MinisdError], call: Callable[[], object]) -> str:

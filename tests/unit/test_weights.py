@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import socket
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from minisd.ldm_keys import rename_old_vae_attention
 from minisd.model_folder import weight_files
 from minisd.vae import AutoencoderKL, AutoencoderKLConfig
 from minisd.weights import load_model, load_noise_schedule, load_text_encoder, load_unet, load_vae, weights_id
-from tests.tiny import TinyModel, write_json, write_tiny_model
+from tests.tiny import TinyModel, change_json, write_json, write_tiny_model
 
 WEIGHTS = {part: f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vae")} | {
     part: f"{part}/model.safetensors" for part in ("text_encoder", "text_encoder_2")
@@ -52,10 +51,6 @@ def folder(sd1: TinyModel, tmp_path: Path) -> Path:
 def change_weights(folder: Path, part: str, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
     path = folder / WEIGHTS[part]
     save_file({key: value.contiguous() for key, value in change(load_file(path)).items()}, path)
-
-
-def change_json(folder: Path, name: str, change: dict[str, object]) -> None:
-    write_json(folder / name, json.loads((folder / name).read_text()) | change)
 
 
 def refusal(load: Callable[[], object]) -> str:
