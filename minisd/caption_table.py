@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minisd.errors import DataError
-from minisd.images import open_regular
+from minisd.errors import DataError, one_line
+from minisd.picture_files import open_regular
 
 COLUMNS = ("file_name", "text")
 _MAX_NAME_BYTES = 1024
@@ -26,22 +26,37 @@ _OUTSIDE = re.compile(r"\A\Z|\A/|/\Z|\A[A-Za-z]:|\\|\0|(\A|/)\.\.(/|\Z)|[\ud800-
 
 
 @dataclass(frozen=True)
+class Record:
+    """One row of a CSV table: the line it starts on (from 1), and each column's cell, exactly as written."""
+
+    line: int
+    fields: dict[str, str]
+
+
+@dataclass(frozen=True)
 class Row:
-    """One row of a table: the line it starts on (from 1), the name and its captions, exactly as written."""
+    """One row of a table: the line it starts on (from 1), the name and its captions, exactly as written.
+
+    sha256: of the file when the table was written, in hex; empty if the table has no such column, or nothing in it.
+    """
 
     line: int
     file_name: str
     captions: tuple[str, ...]
+    sha256: str = ""
 
 
 def read_table(path: Path) -> list[Row]:
-    """Read metadata.csv or metadata.jsonl, by its suffix. Other columns are allowed, and ignored.
+    """Read metadata.csv or metadata.jsonl, by its suffix. Columns other than those of Row are allowed, and ignored.
 
     Raises:
         DataError: not UTF-8, columns missing, a row with too many or too few fields ...; names the line.
     """
-    text = read_text(path)
-    rows = list(_csv_rows(path, text) if path.suffix == ".csv" else _jsonl_rows(path, text))
+    if path.suffix == ".csv":
+        records = ((record.line, record.fields) for record in read_records(path))
+        rows = [Row(line, cells["file_name"], (cells["text"],), cells.get("sha256", "")) for line, cells in records]
+    else:
+        rows = list(_jsonl_rows(path, read_text(path)))
     if not rows:
         raise DataError(f"{str(path)!r}: expected a row for each picture, got none. Add rows {','.join(COLUMNS)}.")
     return rows
@@ -70,8 +85,19 @@ def read_text(path: Path) -> str:
     raise DataError(f"{str(path)!r}, line {line}: expected text in UTF-8, got {got}. Save it as UTF-8.")
 
 
-def _csv_rows(path: Path, text: str) -> Iterator[Row]:
-    """Rows of a CSV file; blank lines are skipped."""
+def read_records(path: Path) -> list[Record]:
+    """Read a CSV table with all its columns, file_name and text among them; blank lines are skipped.
+
+    Returns:
+        In the order of the file; none if it has nothing but the names of its columns.
+
+    Raises:
+        DataError: not UTF-8, columns missing or twice, a row with too many or too few fields ...; names the line.
+    """
+    return list(_records(path, read_text(path)))
+
+
+def _records(path: Path, text: str) -> Iterator[Record]:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     header: list[str] = []
     next_line = 1
@@ -85,12 +111,12 @@ def _csv_rows(path: Path, text: str) -> Iterator[Row]:
                 header = _checked_header(where, fields)
                 continue
             if len(fields) != len(header):
+                names = one_line(",".join(header)[:200])
                 raise DataError(
-                    f"{where}: expected {len(header)} fields ({','.join(header)}), got {len(fields)}. Put a caption "
-                    'with commas in double quotes: "a, b".'
+                    f"{where}: expected {len(header)} fields ({names}), got {len(fields)}. Put a caption with commas "
+                    'in double quotes: "a, b".'
                 )
-            record = dict(zip(header, fields, strict=True))
-            yield Row(line, record["file_name"], (record["text"],))
+            yield Record(line, dict(zip(header, fields, strict=True)))
     except csv.Error as error:
         raise DataError(
             f"{str(path)!r}, line {next_line}: not CSV: {error}. Close the quotes; double a quote inside quotes."
@@ -106,7 +132,7 @@ def _checked_header(where: str, header: list[str]) -> list[str]:
     fix = "Rename the columns, each once."
     if len(header) == 1 and (";" in header[0] or "\t" in header[0]):
         fix = "Separate the columns with commas."
-    raise DataError(f"{where}: expected the columns {','.join(COLUMNS)}, got {','.join(header)!r}. {fix}")
+    raise DataError(f"{where}: expected the columns {','.join(COLUMNS)}, got {','.join(header)[:200]!r}. {fix}")
 
 
 def _jsonl_rows(path: Path, text: str) -> Iterator[Row]:
@@ -131,10 +157,20 @@ def _jsonl_rows(path: Path, text: str) -> Iterator[Row]:
                 raise DataError(
                     f"{where}: the caption has a NUL or half a surrogate pair: {caption[:80]!r}. Correct it."
                 )
-        yield Row(line, file_name, tuple(captions))
+        sha256 = record.get("sha256")
+        yield Row(line, file_name, tuple(captions), sha256 if isinstance(sha256, str) else "")
 
 
-def resolve_inside(root: Path, folder: Path, name: str, where: str) -> Path:
+def check_inside(folder: Path, name: str, where: str) -> None:
+    """Refuse a file name found in a dataset that is not one of a file below `folder`. Raises DataError."""
+    if _OUTSIDE.search(name) or len(name.encode()) > _MAX_NAME_BYTES:
+        raise DataError(
+            f"{where}: {name[:80]!r} is outside the dataset: expected a path below {str(folder)!r} such as a.png or "
+            "sub/a.png. Correct the name."
+        )
+
+
+def resolve_inside(root: Path, folder: Path, name: str, where: str, *, follow_symlinks: bool = False) -> Path:
     """Resolve a file name found in a dataset.
 
     Args:
@@ -142,6 +178,7 @@ def resolve_inside(root: Path, folder: Path, name: str, where: str) -> Path:
         folder: what the name is relative to.
         name: the name, with forward slashes.
         where: begins the message of a refusal: the table and the line.
+        follow_symlinks: let a link lead out of the dataset; the name itself may not.
 
     Returns:
         The path of a regular file, without links.
@@ -149,16 +186,12 @@ def resolve_inside(root: Path, folder: Path, name: str, where: str) -> Path:
     Raises:
         DataError: the name leads outside, or to nothing, or to something else than a file.
     """
-    if _OUTSIDE.search(name) or len(name.encode()) > _MAX_NAME_BYTES:
-        raise DataError(
-            f"{where}: {name[:80]!r} is outside the dataset: expected a path below {str(folder)!r} such as a.png or "
-            "sub/a.png. Correct the name."
-        )
+    check_inside(folder, name, where)
     try:
         path = (folder / name).resolve(strict=True)
     except (OSError, RuntimeError) as error:  # RuntimeError: links that go round
         raise DataError(f"{where}: {name!r}: no such file. Correct the name, or take it out.") from error
-    if not path.is_relative_to(root):
+    if not follow_symlinks and not path.is_relative_to(root):
         raise DataError(f"{where}: {name!r} is outside the dataset: a link leads there. Copy the files in (cp -rL).")
     if not path.is_file():
         raise DataError(f"{where}: {name!r} is a folder, a pipe or a device, expected a file. Take it out.")

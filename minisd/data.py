@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from minisd.caption_table import read_table, read_text, resolve_inside
 from minisd.errors import DataError
-from minisd.images import load_image, open_regular
+from minisd.picture_files import load_image, open_regular
 
 log = logging.getLogger(__name__)
 
@@ -23,10 +23,14 @@ _TABLES = ("metadata.csv", "metadata.jsonl")
 
 @dataclass(frozen=True)
 class Example:
-    """A picture (a regular file in the dataset, links resolved) and its captions, of which one is drawn each time."""
+    """A picture (a regular file in the dataset, links resolved) and its captions, of which one is drawn each time.
+
+    sha256: what the table says the file has, in hex; empty if it says nothing.
+    """
 
     path: Path
     captions: tuple[str, ...]
+    sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -51,11 +55,21 @@ def read_dataset(folder: Path) -> list[Example]:
     if not folder.is_dir():
         raise DataError(f"{str(folder)!r}: expected a folder of pictures and captions, got none. Correct --data.")
     root = folder.resolve()
-    tables = [place / name for place in (root, root / "train") for name in _TABLES if os.path.lexists(place / name)]
+    table = find_table(root)
+    return _from_sidecars(root) if table is None else _from_table(root, table)
+
+
+def find_table(folder: Path) -> Path | None:
+    """The metadata.csv or metadata.jsonl in a folder or its train/, if there is one.
+
+    Raises:
+        DataError: there is more than one.
+    """
+    tables = [place / name for place in (folder, folder / "train") for name in _TABLES if os.path.lexists(place / name)]
     if len(tables) > 1:
-        names = " and ".join(str(table.relative_to(root)) for table in tables)
+        names = " and ".join(str(table.relative_to(folder)) for table in tables)
         raise DataError(f"{str(folder)!r}: expected one table of captions, got {names}. Delete all but one.")
-    return _from_table(root, tables[0]) if tables else _from_sidecars(root)
+    return tables[0] if tables else None
 
 
 def _from_table(root: Path, table: Path) -> list[Example]:
@@ -68,7 +82,7 @@ def _from_table(root: Path, table: Path) -> list[Example]:
         if path in lines:
             raise DataError(f"{where}: {row.file_name!r} has a row already, in line {lines[path]}. Delete one of them.")
         lines[path] = row.line
-        examples.append(Example(path, row.captions))
+        examples.append(Example(path, row.captions, row.sha256))
     unlisted = [name for name in _pictures(table.parent) if (table.parent / name).resolve() not in lines]
     if unlisted:
         log.warning("%d pictures have no row in %s and are not used: %s", len(unlisted), table, _some(unlisted))
@@ -126,18 +140,24 @@ def with_trigger(caption: str, trigger: str | None) -> str:
 def sha256_of_picture(path: Path) -> str:
     """SHA-256 of a file's content, in hex. Raises DataError if it cannot be read."""
     with open_regular(path) as file:
-        return hashlib.sha256(file.read()).hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def survey(examples: Sequence[Example], *, quiet: bool) -> list[Survey]:
     """Hash every picture and decode it once, so that a damaged one ends the run before it begins, not at step 900.
 
     Raises:
-        DataError: a picture cannot be used; names it.
+        DataError: a picture cannot be used, or is not the one that the table was made for; names it.
     """
     found = []
     for example in tqdm(examples, desc="check", unit="picture", disable=quiet or len(examples) <= 200):
         sha256 = sha256_of_picture(example.path)
+        if example.sha256 and example.sha256.lower() != sha256:
+            raise DataError(
+                f"{str(example.path)!r}: changed since the table was made: expected SHA-256 {example.sha256[:16]}, got "
+                f"{sha256[:16]}. If that is meant, empty its cell sha256; if not, delete the file and run "
+                "prepare_data.py clean again."
+            )
         width, height = load_image(example.path).size
         found.append(Survey(sha256, (height, width)))
     return found

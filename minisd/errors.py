@@ -40,7 +40,7 @@ class WeightsError(MinisdError):
 
 
 class NetworkError(MinisdError):
-    """The Hub could not be reached, or refused."""
+    """The Hub, or another server, could not be reached, or refused."""
 
     name = "E-NETWORK"
     exit_code = 5

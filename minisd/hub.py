@@ -1,6 +1,7 @@
 """From the name of a model to what holds it: "pocket", a folder in diffusers layout, a single file, a Hub repository.
 
 The only file that knows the Hub. A folder, a file, or a repository in the cache is found without a single request.
+Models of another kind (prepare/blip_files.py) are fetched with `fetch_repository`, too.
 """
 
 from __future__ import annotations
@@ -8,8 +9,9 @@ from __future__ import annotations
 import logging
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, errors, snapshot_download, try_to_load_from_cache
@@ -56,6 +58,17 @@ class _Progress(tqdm):  # type: ignore[misc]
         return super().update(n)
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """Which files of a repository are wanted, and when they are all there."""
+
+    patterns: Sequence[str]  # of their names
+    landmark: str  # a file that every such repository has: where it is in the cache, the others are looked for
+    misfit: Callable[[Collection[str]], str]  # why a repository with these files will not do; "" if it will
+    check: Callable[[Path], None]  # raises WeightsError if something is missing in a folder
+    weights: Callable[[Path], list[Path]]  # the safetensors files in a folder that `check` has passed
+
+
 def resolve_model(model: str, *, revision: str | None = None, variant: str | None = None) -> Path:
     """Find the folder or file of a model, downloading it if it is nowhere on this machine.
 
@@ -74,14 +87,14 @@ def resolve_model(model: str, *, revision: str | None = None, variant: str | Non
         OSError: the Hub's cache cannot be written.
     """
     pocket = Path(__file__).parent / "pocket" / "weights"
-    path = pocket if model == "pocket" else _local_path(model)
+    path = pocket if model == "pocket" else local_path(model)
     if path is None:
-        if not _is_repo_id(model):
+        if not is_repo_id(model):
             raise WeightsError(
                 f"model {model[:200]!r}: no such folder or file, and not the id of a repository on the Hub "
                 "(owner/name) or 'pocket'. Check the path."
             )
-        return _from_hub(model, revision, variant)
+        return fetch_repository(model, revision, _wanted_of_model(variant))
     if revision is not None:
         raise UsageError(f"--revision {revision}: only a Hub repository has revisions, not {model!r}.")
     if path.is_file():
@@ -102,7 +115,7 @@ def commit_of(source: Path) -> str | None:
     return source.name if is_commit else None
 
 
-def _local_path(model: str) -> Path | None:
+def local_path(model: str) -> Path | None:
     """The file or folder of this name, or None."""
     if not model:
         return None  # not the current folder
@@ -114,7 +127,7 @@ def _local_path(model: str) -> Path | None:
     return path
 
 
-def _is_repo_id(model: str) -> bool:
+def is_repo_id(model: str) -> bool:
     """Whether a name has the form of a Hub repository that could hold a model, "owner/name"."""
     if model.count("/") != 1 or Path(model).suffix in (*PICKLE_SUFFIXES, ".safetensors"):
         return False
@@ -125,31 +138,39 @@ def _is_repo_id(model: str) -> bool:
     return True
 
 
-def _from_hub(repo: str, revision: str | None, variant: str | None) -> Path:
-    """Take a model from the cache if all of it is there, else download it."""
-    cached = try_to_load_from_cache(repo, "unet/config.json", revision=revision)
+def fetch_repository(repo: str, revision: str | None, wanted: Wanted) -> Path:
+    """Take files of a repository from the cache if all are there, else download them.
+
+    Returns:
+        The folder of the cache that they are in.
+
+    Raises:
+        WeightsError: the repository is not what is wanted.
+        NetworkError: the Hub cannot be reached, or refuses.
+        OSError: the Hub's cache cannot be written.
+    """
+    cached = try_to_load_from_cache(repo, wanted.landmark, revision=revision)
     if isinstance(cached, str):
-        folder = Path(cached).parent.parent
+        folder = Path(cached).parents[wanted.landmark.count("/")]
         try:
-            check_folder(folder, variant)
+            wanted.check(folder)
         except WeightsError:
             pass  # another program cached other files of it: fetch the rest
         else:
-            if not _removed_damaged(folder, variant):
+            if not _removed_damaged(wanted.weights(folder)):
                 return folder
-    fetch = ["hf", "download", repo, *(["--revision", revision] if revision else []), *_patterns(variant)]
+    fetch = ["hf", "download", repo, *(["--revision", revision] if revision else []), *wanted.patterns]
     with _hub_failures(repo, revision, shlex.join(fetch)):
         # Asked once and with a deadline, because snapshot_download repeats itself before it reports a dead network.
         info = HfApi().model_info(repo, revision=revision, timeout=_PROBE_SECONDS)
-    names = {sibling.rfilename for sibling in info.siblings or ()}
-    missing = missing_files(names, variant, networks_among(names))
-    if missing:
-        raise WeightsError(f"{repo} on the Hub: {explain(missing, names, variant)}")
+    misfit = wanted.misfit({sibling.rfilename for sibling in info.siblings or ()})
+    if misfit:
+        raise WeightsError(f"{repo} on the Hub: {misfit}")
     with _hub_failures(repo, revision, shlex.join(fetch)):
-        patterns = _patterns(variant)
+        patterns = list(wanted.patterns)
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, tqdm_class=_Progress))
-    check_folder(folder, variant)
-    for path in _weights(folder, variant):
+    wanted.check(folder)
+    for path in wanted.weights(folder):
         if _is_the_hubs(path) is False:  # the library compares the size only
             _remove_from_cache(path)
             raise NetworkError(
@@ -159,10 +180,10 @@ def _from_hub(repo: str, revision: str | None, variant: str | None) -> Path:
     return folder
 
 
-def _removed_damaged(folder: Path, variant: str | None) -> bool:
+def _removed_damaged(weights: Sequence[Path]) -> bool:
     """Remove weight files from the cache that were damaged there; returns whether there were any."""
     found = False
-    for path in _weights(folder, variant):
+    for path in weights:
         try:
             read_header(path)
         except WeightsError as error:
@@ -179,10 +200,6 @@ def _is_the_hubs(path: Path) -> bool | None:
     return sha256_of(path) == name if re.fullmatch("[0-9a-f]{64}", name) else None  # so are large files named there
 
 
-def _weights(folder: Path, variant: str | None) -> list[Path]:
-    return [path for part in networks_in(folder) for path in weight_files(folder, part, variant)]
-
-
 def _remove_from_cache(path: Path) -> None:
     """Remove a file of a snapshot: the link, and what it leads to."""
     blob = path.resolve()
@@ -190,15 +207,26 @@ def _remove_from_cache(path: Path) -> None:
     blob.unlink(missing_ok=True)
 
 
-def _patterns(variant: str | None) -> list[str]:
-    """The files of a repository that are worth downloading: no pickles, no EMA twin, no safety checker."""
+def _wanted_of_model(variant: str | None) -> Wanted:
+    """What is worth downloading of a model: no pickles, no EMA twin, no safety checker."""
     patterns = ["model_index.json", "scheduler/*.json", "tokenizer*/*.json", "tokenizer*/*.txt"]
     # The second text encoder of an XL model has the files of the first.
     for part, folder in {"unet": "unet", "vae": "vae", "text_encoder": "text_encoder*"}.items():
         single, index = weight_names(part, variant)
         shards = single.replace(".safetensors", "-*.safetensors")
         patterns += [f"{folder}/{name}" for name in ("config.json", single, index, shards)]
-    return patterns
+
+    def misfit(names: Collection[str]) -> str:
+        missing = missing_files(names, variant, networks_among(names))
+        return explain(missing, names, variant) if missing else ""
+
+    return Wanted(
+        patterns,
+        landmark="unet/config.json",
+        misfit=misfit,
+        check=lambda folder: check_folder(folder, variant),
+        weights=lambda folder: [path for part in networks_in(folder) for path in weight_files(folder, part, variant)],
+    )
 
 
 @contextmanager
@@ -253,7 +281,7 @@ def _http_reason(error: errors.HfHubHTTPError, repo: str, revision: str | None, 
         page = f"{constants.ENDPOINT}/{repo}"
         return f"gated (HTTP {status}); accept its terms at {page}, then log in with `hf auth login`; {beforehand}"
     if isinstance(error, errors.RevisionNotFoundError):
-        return f"it has no revision {revision!r} (HTTP {status}); check --revision"
+        return f"it has no revision {revision!r} (HTTP {status}); check the revision"
     if isinstance(error, errors.RepositoryNotFoundError):
         return f"no such repository, or a private one (HTTP {status}); check the name, or log in with `hf auth login`"
     if isinstance(error, errors.RemoteEntryNotFoundError):

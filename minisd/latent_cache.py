@@ -24,7 +24,8 @@ from minisd.buckets import Geometry
 from minisd.data import sha256_of_picture
 from minisd.distributed import Distributed, wait_for_all
 from minisd.errors import DataError, NonFiniteError
-from minisd.images import load_image, to_pixel_values
+from minisd.images import to_pixel_values
+from minisd.picture_files import load_image
 from minisd.read_ahead import read_ahead
 from minisd.tensor_cache import TensorCache
 from minisd.text import TextEncoder

@@ -15,11 +15,11 @@ import torch
 from minisd.config import DEFAULT_MODEL
 from minisd.data import sha256_of_picture
 from minisd.errors import DataError, DiskError, UsageError, one_line
-from minisd.images import load_image
 from minisd.lora_choice import LoRAChoice
 from minisd.lora_info import public_name
 from minisd.lora_layers import LoRALayer
 from minisd.lora_reader import add_lora_to, load_lora, read_lora_info
+from minisd.picture_files import load_image
 from minisd.picture_record import PictureRecord
 from minisd.prompts import parse_weights
 from minisd.sample_config import SampleConfig

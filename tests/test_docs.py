@@ -9,6 +9,7 @@ import pytest
 
 from minisd.command_line import parse_args
 from minisd.config import TrainConfig
+from minisd.prepare.options import parse_options
 from minisd.sample_config import SampleConfig
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +34,8 @@ def test_command(words, monkeypatch):
         parse_args(TrainConfig, arguments)
     elif script == "sample.py":
         parse_args(SampleConfig, arguments)
+    elif script == "prepare_data.py":
+        parse_options(arguments)
     elif script is not None and script.startswith("bench/"):
         assert (ROOT / script).exists()
     elif words[0] == "make":

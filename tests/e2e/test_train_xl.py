@@ -11,9 +11,9 @@ from PIL import Image
 
 import train
 from minisd import draws
-from minisd.images import load_image
 from minisd.interruptions import StopRequest
 from minisd.lora_reader import read_lora_info
+from minisd.picture_files import load_image
 from minisd.pocket import scenes
 from minisd.preflight import preflight
 from minisd.run import prepare

@@ -21,8 +21,9 @@ from minisd.buckets import Geometry, square_geometry
 from minisd.data import Example, Survey
 from minisd.distributed import Distributed
 from minisd.errors import DataError, DiskError
-from minisd.images import load_image, to_pixel_values
+from minisd.images import to_pixel_values
 from minisd.latent_cache import cache_captions, cache_latents, caption_key, encode_moments
+from minisd.picture_files import load_image
 from minisd.plan import MicroBatches, TrainingPlan
 from minisd.tensor_cache import TensorCache
 from minisd.text import TextEncoder

@@ -378,5 +378,30 @@ def test_a_survey_names_the_picture_that_is_bad(tmp_path: Path) -> None:
         survey(examples, quiet=True)
 
 
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_a_picture_that_changed_since_the_table_was_made_is_refused_by_name(tmp_path: Path, suffix: str) -> None:
+    paths = [_picture(tmp_path / f"{i}.png", i) for i in range(3)]
+    hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+    said = [hashes[0], hashes[1].upper(), ""]  # an empty cell says nothing
+    rows = [{"file_name": path.name, "text": "x", "sha256": cell} for path, cell in zip(paths, said, strict=True)]
+    with (tmp_path / f"metadata.{suffix}").open("w", newline="") as file:
+        if suffix == "csv":
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+        else:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    examples = read_dataset(tmp_path)
+    assert [found.sha256 for found in survey(examples, quiet=True)] == hashes
+
+    _picture(paths[2], 9)
+    survey(examples, quiet=True)
+    _picture(paths[1], 9)
+    with pytest.raises(
+        DataError, match=r"1\.png': changed since the table was made: expected SHA-256 .*empty its cell"
+    ):
+        survey(examples, quiet=True)
+
+
 def test_an_empty_survey(tmp_path: Path) -> None:
     assert survey([], quiet=True) == []  # a rank's share, where there are more ranks than pictures

@@ -241,7 +241,7 @@ def test_no_such_revision(repository: Path, cache: Path, monkeypatch: pytest.Mon
     with fake_hub(repository, REPO) as served:
         serve(served, monkeypatch)
         message = refusal(NetworkError, lambda: resolve_model(REPO, revision="fp16"))
-        assert "it has no revision 'fp16' (HTTP 404); check --revision" in message
+        assert "it has no revision 'fp16' (HTTP 404); check the revision" in message
 
 
 def test_offline(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
