@@ -25,7 +25,7 @@ from minisd.data import sha256_of_picture
 from minisd.distributed import Distributed, wait_for_all
 from minisd.errors import DataError, NonFiniteError
 from minisd.images import to_pixel_values
-from minisd.picture_files import load_image
+from minisd.picture_files import PictureError, load_image
 from minisd.read_ahead import read_ahead
 from minisd.tensor_cache import TensorCache
 from minisd.text import TextEncoder
@@ -47,8 +47,11 @@ class View:
         Raises:
             DataError: the picture cannot be read, or is not the one that was checked.
         """
-        image = load_image(self.path)
-        if sha256_of_picture(self.path) != self.sha256:
+        try:
+            image, sha256 = load_image(self.path), sha256_of_picture(self.path)
+        except PictureError as error:
+            raise DataError(str(error)) from error  # from a worker only what is made of one text arrives
+        if sha256 != self.sha256:
             raise DataError(f"{str(self.path)!r}: has changed since it was checked. Start again.")
         return to_pixel_values(image, self.geometry, crop=crop, flip=self.flip)
 

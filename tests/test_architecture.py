@@ -118,7 +118,7 @@ PACKAGES: dict[str, set[str]] = {
     "minisd.pocket.": {"torch", "PIL", "numpy", "tqdm", "tyro", "transformers", "safetensors"},
     # A dataset: who finds it, cleans it, describes it, shows it. Only captions need torch.
     "minisd.prepare": set(),
-    "minisd.prepare.options": {"tyro"},
+    "minisd.prepare.options": {"PIL", "tyro"},
     "minisd.prepare.addresses": set(),
     "minisd.prepare.http_answer": set(),
     "minisd.prepare.fetch": set(),

@@ -6,18 +6,16 @@ Imports nothing slow, so that `--help` and a refusal come at once.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from PIL import ImageColor
 
 from minisd.command_line import refuse, tyros_refusal
 from minisd.errors import UsageError
-
-_COLOUR = re.compile(r"#[0-9a-fA-F]{6}|[a-z]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +72,11 @@ class Rules:
             raise UsageError(f"--max-aspect {self.max_aspect}: expected 1 (squares) to 16.")
         if not -1 <= self.duplicate_distance <= 16:
             raise UsageError(f"--duplicate-distance {self.duplicate_distance}: expected -1 (keep all) to 16.")
-        if not _COLOUR.fullmatch(self.background):
-            raise UsageError(f"--background {self.background!r}: expected a colour's name, such as white, or #RRGGBB.")
+        try:
+            ImageColor.getrgb(self.background)
+        except ValueError:
+            wanted = "expected a colour's name, such as white, or #RRGGBB."
+            raise UsageError(f"--background {self.background!r}: {wanted}") from None
         if self.resize is not None and not 64 <= self.resize <= 4096:
             raise UsageError(f"--resize {self.resize}: expected 64 to 4096 pixels.")
 

@@ -148,6 +148,7 @@ REFUSALS = {
     "no data to show": (("report", "--data", "{tmp}/none"), 3, "no such folder"),
     "no data to serve": (("serve", "--data", "{tmp}/none", "--no-browser"), 3, "no such folder"),
     "no table": (("caption", "--data", "{tmp}/a"), 3, "expected train/metadata.csv or metadata.csv, got neither"),
+    "no colour": (("clean", "--output", "{tmp}/x", "--background", "whiite"), 2, "expected a colour's name"),
     "unknown": (("clean", "--outptu", "x"), 2, "--output"),
 }
 

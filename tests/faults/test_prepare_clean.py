@@ -116,7 +116,7 @@ def test_killed_at_random_with_its_workers_it_ends_as_if_it_had_not_been(disk: P
     expected = _tree(whole)
     generator = random.Random(0)
     midway = 0
-    for _ in range(max(4, POWER["kills"] // 100)):
+    for _ in range(max(2, POWER["kills"] // 250)):
         process = start(data)
         time.sleep(generator.uniform(0.1, 1.0) * seconds)
         process.kill()
