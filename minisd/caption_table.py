@@ -125,6 +125,13 @@ def _records(path: Path, text: str) -> Iterator[Record]:
         raise DataError(f"{str(path)!r}: expected a first line {','.join(COLUMNS)}, got an empty file. Write it anew.")
 
 
+def read_captions(path: Path) -> tuple[str, ...]:
+    """Read the captions in a .txt file, one a line, without the spaces around them. Raises as `read_text`."""
+    # Not splitlines, which also splits at characters that a caption may have, such as U+2028.
+    lines = read_text(path).replace("\r", "\n").split("\n")
+    return tuple(line.strip() for line in lines if line.strip())
+
+
 def _checked_header(where: str, header: list[str]) -> list[str]:
     """The column names, if each is there once and ours are among them."""
     if len(set(header)) == len(header) and set(COLUMNS) <= set(header):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from minisd.caption_table import read_table, read_text, resolve_inside
+from minisd.caption_table import read_captions, read_table, resolve_inside
 from minisd.errors import DataError
 from minisd.picture_files import load_image, open_regular
 
@@ -108,9 +108,7 @@ def _from_sidecars(root: Path) -> list[Example]:
         return resolve_inside(root, root, name.as_posix(), repr(str(root)))
 
     def captions(name: Path) -> tuple[str, ...]:
-        # Not splitlines, which also splits at characters that a caption may have, such as U+2028.
-        lines = read_text(inside(name.with_suffix(".txt"))).replace("\r", "\n").split("\n")
-        return tuple(line.strip() for line in lines if line.strip()) or ("",)
+        return read_captions(inside(name.with_suffix(".txt"))) or ("",)
 
     return [Example(inside(name), captions(name)) for name in names]
 

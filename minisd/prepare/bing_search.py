@@ -29,8 +29,8 @@ _PAGE = Limits(max_bytes=8 * 2**20)
 _PICTURE = Limits()
 _NO_CONTENT = "no content"  # FetchError.reason for an answer without a body
 # A result has its picture's address as a string of JSON, in an attribute of HTML.
-_LINK = re.compile(r'"murl"\s*:\s*("(?:[^"\\]|\\.)*")', re.DOTALL)
-_BLOCKED = re.compile("captcha|consent|unusual traffic|not a robot|human", re.IGNORECASE)
+_LINK = re.compile(r'"murl"\s*:\s*("(?:[^"\\]|\\.)*+")', re.DOTALL)
+_BLOCKED = re.compile("captcha|your consent|consent form|unusual traffic|not a robot|you are (a )?human", re.IGNORECASE)
 # A header of the picture's server. Whichever robot it is meant for: its maker has spoken.
 _NO_AI = re.compile(r"\bno(image)?ai\b", re.IGNORECASE)
 
@@ -63,6 +63,7 @@ class BingSearch(_bing()):  # type: ignore[misc]
 
     Attributes:
         results: how many were seen, repeated ones among them; where the next page begins.
+        left: how many more addresses there are before the next page is asked for.
         ended: why there are no more, as words for a sentence; "" before that.
     """
 
@@ -70,7 +71,7 @@ class BingSearch(_bing()):  # type: ignore[misc]
         adult = "strict" if crawl.safe_search else "off"
         super().__init__(crawl.query, crawl.limit, None, adult, 30, crawl.filter or "", verbose=False)
         self.fetcher, self.address = fetcher, address
-        self.results, self.ended = 0, ""
+        self.results, self.left, self.ended = 0, 0, ""
 
     def run(self) -> Iterator[str]:
         """Yield the addresses of pictures, each once, page after page, as they are asked for.
@@ -90,7 +91,8 @@ class BingSearch(_bing()):  # type: ignore[misc]
             new = [link for link in dict.fromkeys(links) if link not in self.seen]
             self.seen.update(new)
             barren = 0 if new else barren + 1
-            yield from new
+            for self.left in reversed(range(len(new))):
+                yield new[-1 - self.left]
         self.ended = "Bing only repeats its results"
 
     def save_image(self, link: str, file_path: Path) -> None:
@@ -122,7 +124,7 @@ class BingSearch(_bing()):  # type: ignore[misc]
             page = self._text(url)
             if links := links_on(page):
                 return links
-        if _BLOCKED.search(page):
+        if _BLOCKED.search(page.replace(html.escape(self.query), "")):  # which the page repeats
             raise NetworkError(
                 "Bing answers with a page for people (a captcha or a consent form). Try again later, or from another "
                 "network; the same command goes on."

@@ -21,13 +21,13 @@ _SAID_TWICE = 4  # words in a row that are not said twice by chance
 _SMALL = {"a", "an", "and", "of", "or", "the"}  # neither a loop's meaning nor the end of a caption
 
 
-def lint(text: str, *, trigger: str | None, tokens: int | None) -> tuple[str, ...]:
+def lint(text: str, *, trigger: str | None, tokens: int) -> tuple[str, ...]:
     """Name what a person should look at in a caption.
 
     Args:
         text: the caption.
         trigger: the word that it is to have, in upper or lower case; None for none.
-        tokens: its length as `count_tokens` gives it; None if that was not counted.
+        tokens: its length as `count_tokens` gives it.
 
     Returns:
         Some of "empty", "repeated phrase" (a loop, or four words in a row that come twice), "BLIP word" (see `tidy`),
@@ -38,7 +38,7 @@ def lint(text: str, *, trigger: str | None, tokens: int | None) -> tuple[str, ..
         "empty": not any(words),
         "repeated phrase": _first_loop(words) is not None or _says_twice(words),
         "BLIP word": any(_BLIP_WORD.fullmatch(word) for word in words),
-        "too long": tokens is not None and tokens > MAX_TOKENS,
+        "too long": tokens > MAX_TOKENS,
         # As minisd.data.with_trigger sees it, which also fills in the place marked so.
         "trigger missing": trigger is not None
         and "[trigger]" not in text
@@ -78,7 +78,7 @@ def tidy(text: str) -> str:
 
 def _words(text: str) -> list[str]:
     """Split at spaces, punctuation that stands alone put to the word before it: "a cat , a dog" has four words."""
-    return re.sub(r"\s+([,.;:!?])(?=\s|$)", r"\1", text).split()
+    return re.sub(r"(?<!\s)\s+([,.;:!?])(?=\s|$)", r"\1", text).split()
 
 
 def _plain(word: str) -> str:

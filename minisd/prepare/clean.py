@@ -9,14 +9,14 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
-from minisd.atomic import remove_leftovers, write_atomically
+from minisd.atomic import delete, remove_leftovers, write_atomically
 from minisd.data import find_table, sha256_of_picture
 from minisd.errors import DataError, UsageError
 from minisd.picture_files import PictureError
@@ -40,7 +40,7 @@ from minisd.prepare.table import (
 
 log = logging.getLogger(__name__)
 
-_OUR_NAME = re.compile(r"([0-9]{6,})-[0-9a-f]{8}\.png")
+_OUR_NAME = re.compile(r"([0-9]{6,})-([0-9a-f]{8})\.png")
 _DHASH = re.compile(r"[0-9a-f]{16}-[0-9a-f]{54}")
 _SAVE_SECONDS = 3.0
 _PREVIEW_SIDE = 256
@@ -85,16 +85,16 @@ def clean(options: Clean) -> None:
             rejected += _write(pool, data, kept, numbered, new, options.rules)
             # Once more: what looks like one that could not be written after all may be the best there is.
             examined = {name: examined[name] for name in alike}
-        for name, sha256 in alike.items():
-            reason = "looks like another picture, which is kept"
-            rejected.append(replace(rows[name], status="near-duplicate", reason=reason, duplicate_of=sha256))
+        rejected += [
+            replace(rows[name], status="near-duplicate", duplicate_of=sha256) for name, sha256 in alike.items()
+        ]
         _write_previews(pool, data / "left_out", rejected, new)
     rejected += listing.refused
     kept = _with_captions(kept, rows, alike)
 
-    names = {row.original_sha256: row.file_name for row in (*kept, *dropped)}
-    rejected = [replace(row, duplicate_of=names.get(row.duplicate_of, "")) for row in rejected]
-    rejected.sort(key=lambda row: row.original)
+    rejected = sorted(_named(rejected, kept, dropped), key=lambda row: row.original)
+    judged = {row.original for row in rejected}
+    others = [row for row in others if not row.original or row.original not in judged]
     everything = [*dropped, *others, *rejected, *left_out_before(journal)]
     write_rejected(data, everything)
     if not kept:
@@ -103,6 +103,7 @@ def clean(options: Clean) -> None:
             f"{str(source)!r}: expected pictures to keep, got none; {said}. Change the rules or the folder."
         )
     write_pictures(data, kept)
+    _delete_strays(data / "train", {row.file_name for row in kept}, {sha256[:8] for sha256 in firsts})
     log.info("%s", summary(len(kept), everything, None))
 
 
@@ -155,6 +156,7 @@ def _examine(
     """Decode each picture; its row gets size and hash. Returns those that follow the rules, and rows of the others."""
     found: dict[str, Examined] = {}
     rejected = []
+    animated = 0
     results = pool.map(partial(examine, rules=rules), paths.values())
     for name, result in zip(paths, tqdm(results, "look", len(paths), unit="picture", disable=None), strict=True):
         if isinstance(result, PictureError):
@@ -163,7 +165,10 @@ def _examine(
             rejected.append(replace(rows[name], status="unreadable", reason="was changed while it was read"))
         else:
             found[name] = result
+            animated += result.animated
             rows[name] = replace(rows[name], width=result.width, height=result.height, dhash=result.dhash)
+    if animated:
+        log.info("%d animations: the first frame of each is taken", animated)
     return found, rejected
 
 
@@ -178,6 +183,26 @@ def _alike(settled: Sequence[Picture], examined: Mapping[str, Examined], distanc
     found = near_duplicates(pictures, distance, first=len(known))
     names = [*examined]
     return {names[i - len(known)]: pictures[better].sha256 for i, better in found.items()}
+
+
+def _named(rejected: Sequence[Picture], kept: Sequence[Picture], dropped: Sequence[Picture]) -> list[Picture]:
+    """Rows whose `duplicate_of` is a file name in the dataset, where it was the hash of the original so far."""
+    said = {row.original_sha256: (row.file_name, "which is kept") for row in kept}
+    said |= {row.original_sha256: (row.file_name, "which was taken out") for row in dropped}
+    named = []
+    for row in rejected:
+        name, what = said.get(row.duplicate_of, ("", ""))
+        reason = f"looks like {name}, {what}" if row.status == "near-duplicate" else row.reason
+        named.append(replace(row, duplicate_of=name, reason=reason))
+    return named
+
+
+def _delete_strays(folder: Path, names: Collection[str], originals: Collection[str]) -> None:
+    """Delete pictures without a row that were made from known originals, by a run that was killed before it said so."""
+    for path in folder.iterdir():
+        ours = _OUR_NAME.fullmatch(path.name)
+        if ours and ours[2] in originals and path.name not in names:
+            delete(path)
 
 
 def _numbered(rows: Sequence[Picture], settled: Sequence[Picture]) -> list[Picture]:
@@ -227,7 +252,7 @@ def _remake(pool: GuardedPool, data: Path, kept: list[Picture], originals: Mappi
     jobs = {
         index: (originals[kept[index].original_sha256], target)
         for index, target in missing.items()
-        if kept[index].original_sha256 in originals and _OUR_NAME.fullmatch(target.name)
+        if kept[index].original_sha256 in originals and _OUR_NAME.fullmatch(kept[index].file_name)
     }
     for index, result in zip(jobs, pool.map(partial(_write_png, rules=rules), jobs.values()), strict=True):
         if not isinstance(result, PictureError):

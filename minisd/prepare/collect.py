@@ -119,6 +119,8 @@ class _Search:
     def _fill(self, downloads: Downloads) -> bool:
         """Start as many downloads as are of use; False if there is nothing left to wait for."""
         while not self._ended and downloads.in_flight < min(_PARALLEL, self._missing + _SPARE):
+            if downloads.in_flight and not self._search.left:
+                break  # what is on its way may be enough, so that no other page is needed
             try:
                 link = next(self._links, None)
             except NetworkError as error:

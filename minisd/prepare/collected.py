@@ -15,8 +15,9 @@ class Collected:
     """The pictures in RAW, of all searches, and how many distinct ones of one search count.
 
     They are looked at as `clean` will look at them, so that it keeps as many: by today's rules, and of those that look
-    alike the best copy, which may have come last. What a person deleted from the folder does not count, and does not
-    come back.
+    alike the best copy, which may have come last. (One that two others were left out for may itself be left out for a
+    better copy; then both count again, and there can be more than the limit.) What a person deleted from the folder
+    does not count, and does not come back.
 
     Args:
         raw: the folder.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from minisd.prepare.bing_search import BingSearch
 from minisd.prepare.examine import Examined, examine
 from minisd.prepare.guarded import GuardedPool
 from minisd.prepare.options import Rules
+
+_numbers = itertools.count(1)  # of this process: a download that was left behind may still be writing
 
 
 @dataclass(frozen=True)
@@ -40,16 +43,14 @@ class Downloads:
     def __init__(self, search: BingSearch, pool: GuardedPool, raw: Path, rules: Rules) -> None:
         self._search, self._pool, self._raw, self._rules = search, pool, raw, rules
         self._done: queue.SimpleQueue[Download] = queue.SimpleQueue()
-        self._started = 0
         self._closed = False
         self._lock = threading.Lock()
         self.in_flight = 0
 
     def start(self, link: str) -> None:
         """Begin with an address."""
-        self._started += 1
         self.in_flight += 1
-        staged = staging_name(self._raw / f"{self._started}")
+        staged = staging_name(self._raw / f"{next(_numbers)}")
         threading.Thread(target=self._run, args=(link, staged), daemon=True).start()
 
     def next(self) -> Download:
@@ -73,6 +74,7 @@ class Downloads:
             self._search.save_image(link, staged)
             outcome = self._pool.submit(examine, staged, self._rules).result()
         except Exception as error:
+            delete(staged)
             outcome = error
         with self._lock:
             if self._closed:

@@ -34,7 +34,7 @@ def near_duplicates(pictures: Sequence[Examined], distance: int, *, first: int =
     Returns:
         Index of each picture to leave out -> index of the kept one that it is most like.
     """
-    if distance < 0:
+    if distance < 0 or not pictures:
         return {}
 
     def rank(index: int) -> tuple[int, int, int]:
@@ -43,25 +43,20 @@ def near_duplicates(pictures: Sequence[Examined], distance: int, *, first: int =
 
     order = [*range(first), *sorted(range(first, len(pictures)), key=rank)]
     hashes = np.array([int(picture.dhash[:HASH_DIGITS], 16) for picture in pictures], np.uint64)
-    colours = [bytes.fromhex(picture.dhash[HASH_DIGITS + 1 :]) for picture in pictures]
+    colours = np.array(
+        [[*bytes.fromhex(picture.dhash[HASH_DIGITS + 1 :])] for picture in pictures], np.int16
+    )  # [N, 27]
     kept = np.empty(len(pictures), np.intp)
-    kept_hashes = np.empty_like(hashes)
     count = 0
     found: dict[int, int] = {}
     for index in order:
-        distances = np.bitwise_count(kept_hashes[:count] ^ hashes[index])
-        near = [
-            other
-            for other in np.flatnonzero(distances <= distance)
-            if _same_colours(colours[kept[other]], colours[index])
-        ]
-        if index >= first and near:
-            found[index] = int(kept[min(near, key=lambda other: distances[other])])
+        others = kept[:count]
+        distances = np.bitwise_count(hashes[others] ^ hashes[index])
+        near = np.flatnonzero(distances <= distance)
+        near = near[(abs(colours[others[near]] - colours[index]) <= _COLOUR_TOLERANCE).all(axis=1)]
+        if index >= first and near.size:
+            found[index] = int(others[near[distances[near].argmin()]])
         else:
-            kept[count], kept_hashes[count] = index, hashes[index]
+            kept[count] = index
             count += 1
     return found
-
-
-def _same_colours(left: bytes, right: bytes) -> bool:
-    return all(abs(a - b) <= _COLOUR_TOLERANCE for a, b in zip(left, right, strict=True))

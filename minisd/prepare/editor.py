@@ -49,7 +49,7 @@ class Editor:
         self._pool = pool
         self.writing = threading.Lock()  # run.lock is for other processes: this one could take it any number of times
         self._sizes: dict[str, tuple[int, int]] = {}  # which the table does not say
-        self._preview = lru_cache(maxsize=4096)(self._make_preview)
+        self._preview = lru_cache(maxsize=_THUMBNAILS)(self._make_preview)
 
     def page(self) -> str:
         """The page as it is now."""
@@ -109,7 +109,7 @@ class Editor:
                 raise DataError("This picture is not in the dataset any more. Reload the page.")
             picture = pictures[index]
             if _as_shown(picture.text) != _as_shown(before):
-                error = f"Changed elsewhere meanwhile, to: {one_line(picture.text)}. Save again to replace that."
+                error = f"Changed elsewhere meanwhile, to: {one_line(picture.text)}. Ctrl-Enter replaces that."
                 return {"error": error, "caption": _as_shown(picture.text)}
             picture = replace(picture, text=one_line_caption(text), caption_source="edited")
             (tokens,) = count_tokens([picture.text])
@@ -144,14 +144,14 @@ class Editor:
 
     def _with_sizes(self, pictures: Sequence[Picture]) -> list[Picture]:
         """The rows with all sizes; each picture is looked at once at most."""
-        known = [
-            replace(picture, width=size[0], height=size[1])
-            if not picture.width and (size := self._sizes.get(picture.file_name))
-            else picture
-            for picture in pictures
-        ]
-        filled = with_sizes(self.data, known, self._pool)
-        self._sizes |= {row.file_name: (row.width, row.height) for row in filled if row.width}
+        new = [picture for picture in pictures if not picture.width and picture.file_name not in self._sizes]
+        self._sizes |= {row.file_name: (row.width, row.height) for row in with_sizes(self.data, new, self._pool)}
+        filled = []
+        for picture in pictures:
+            if not picture.width:
+                width, height = self._sizes[picture.file_name]
+                picture = replace(picture, width=width, height=height)
+            filled.append(picture)
         return filled
 
     def _make_preview(self, path: Path, _changed: int, _size: int) -> bytes | None:

@@ -8,13 +8,14 @@ import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import imagehash
 from PIL import Image
 
 from minisd.atomic import write_atomically
 from minisd.buckets import bucket_geometry, default_step
-from minisd.picture_files import PictureError, decode, load_image, open_regular
+from minisd.picture_files import FORMATS, PictureError, decode, load_image, open_regular
 from minisd.prepare.options import Rules
 
 HASH_DIGITS = 16
@@ -39,6 +40,8 @@ class Examined:
     suffix: str
     """By content: ".png", ".jpg" ..."""
     size_bytes: int
+    animated: bool = False
+    """Whether there are more frames than the one that is looked at."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +68,11 @@ def examine(path: Path, rules: Rules) -> Examined:
         suffix = suffix_of(file.read(32))
         file.seek(0)
         image = decode(file, path, background=rules.background, max_aspect=rules.max_aspect)
+        animated = _is_animated(file)
     if min(image.size) < rules.min_side:
         reason = f"{image.width} x {image.height} pixels, expected sides of at least {rules.min_side}"
         raise PictureError("too small", reason, path)
-    return Examined(sha256, image.width, image.height, _dhash(image), suffix, size_bytes)
+    return Examined(sha256, image.width, image.height, _dhash(image), suffix, size_bytes, animated)
 
 
 def write_png(source: Path, target: Path, rules: Rules) -> Written:
@@ -119,6 +123,16 @@ def suffix_of(start: bytes) -> str:
         return ".tif"
     # Among the brands of an ISO media file, of which HEIC is one, too.
     return ".avif" if start[4:8] == b"ftyp" and (b"avif" in start[8:] or b"avis" in start[8:]) else ""
+
+
+def _is_animated(file: BinaryIO) -> bool:
+    """Whether an open file, which was decoded, has more than one picture. Damage to the others does not matter."""
+    file.seek(0)
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            return bool(getattr(image, "is_animated", False))
+    except Exception:
+        return False
 
 
 def _dhash(image: Image.Image) -> str:

@@ -47,12 +47,10 @@ class GuardedPool:
         self._workers = workers or min(os.cpu_count() or 1, 8)
         self._seconds = seconds
         self._pending: set[Future[Any]] = set()
-        self._pool = ProcessPool(
-            self._workers,
-            initializer=_prepare_worker,
-            # Neither fork, which copies locks that other threads hold, nor spawn, which starts Python anew each time.
-            context=multiprocessing.get_context("forkserver"),
-        )
+        # Neither fork, which copies locks that other threads hold, nor spawn, which starts Python anew each time.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["minisd.prepare.examine"])
+        self._pool = ProcessPool(self._workers, initializer=_prepare_worker, context=context)
 
     def __enter__(self) -> GuardedPool:
         return self

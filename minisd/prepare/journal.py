@@ -1,6 +1,6 @@
 """What `collect` tried and what came of it: RAW/collected.jsonl, one line of JSON for each address, in order.
 
-A line is on the disk before the next picture is asked for, so a run that was killed goes on where it was; the half line
+A line is on the disk before the next picture is judged, so a run that was killed goes on where it was; the half line
 such a run may leave is no line. A file is whole before the line that names it is written.
 """
 

@@ -112,12 +112,9 @@ class Captioner:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least 1.")
         if not 1 <= self.repetition_penalty <= 10:
             raise UsageError(f"--repetition-penalty {self.repetition_penalty}: expected 1 (none) to 10.")
-        for name in ("prefix", "trigger"):
-            value = getattr(self, name)
-            if value is not None and not value.isprintable():
-                raise UsageError(f"--{name} {value!r}: expected words in one line.")
-        if self.trigger is not None and not self.trigger.strip():
-            raise UsageError("--trigger: expected a word, got nothing. Leave it out for none.")
+        if not self.prefix.isprintable():
+            raise UsageError(f"--prefix {self.prefix!r}: expected words in one line.")
+        _check_trigger(self.trigger)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +170,7 @@ class Report:
 
     def __post_init__(self) -> None:
         _check_resolution(self.resolution)
+        _check_trigger(self.trigger)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +192,7 @@ class Serve:
 
     def __post_init__(self) -> None:
         _check_resolution(self.resolution)
+        _check_trigger(self.trigger)
         if not 0 <= self.port <= 65535:
             raise UsageError(f"--port {self.port}: expected 0 to 65535.")
 
@@ -288,3 +287,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
 def _check_resolution(resolution: int) -> None:
     if not 64 <= resolution <= 4096:
         raise UsageError(f"--resolution {resolution}: expected 64 to 4096 pixels.")
+
+
+def _check_trigger(trigger: str | None) -> None:
+    if trigger is not None and not (trigger.strip() and trigger.isprintable()):
+        raise UsageError(f"--trigger {trigger!r}: expected a word. Leave it out for none.")

@@ -58,6 +58,7 @@ class PoliteFetcher:
                 return self._fetcher.fetch(url, replace(limits, seconds=allowed), accept=accept)
             except FetchError as error:
                 left -= time.monotonic() - began
+                self._heed(url, error.retry_after)
                 wait = max(2.0**attempt, error.retry_after or 0.0)
                 if not error.again or attempt + 1 == attempts or left <= 0 or wait > _PATIENCE:
                     raise
@@ -69,6 +70,13 @@ class PoliteFetcher:
         if time.monotonic() + seconds > self._end:
             raise CrawlOver(f"the time is up ({self._seconds / 60:g} minutes)")
         self._pause(seconds)
+
+    def _heed(self, url: str, retry_after: float | None) -> None:
+        """Leave a host alone, in all threads, for as long as it asks, if that is not too long."""
+        if retry_after is not None and retry_after <= _PATIENCE:
+            with self._lock:
+                host = check_url(url).host
+                self._next[host] = max(self._next.get(host, 0.0), time.monotonic() + retry_after)
 
     def stop(self) -> None:
         """Make no more requests: each call ends with CrawlOver from now on."""

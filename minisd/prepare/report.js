@@ -128,42 +128,54 @@ function showFlags(card, flags, tokens) {
   );
 }
 
+const unsaved = []; // a question for each caption
+
 function edit(card) {
   const field = card.querySelector("textarea");
   const place = card.querySelector(".edit output");
   const button = card.querySelector(".drop");
   let saved = field.value;
+  let conflict = false; // somebody else has changed it: from then on only Ctrl-Enter saves, knowingly
   let last = Promise.resolve(); // changes of one caption go one after the other
 
   async function save() {
     const text = field.value;
-    if (text === saved) return;
+    if (text === saved || field.disabled) return;
     say(place, "Saving ...", "");
     try {
       const said = await post("caption", { file_name: card.dataset.name, before: saved, text });
       saved = said.caption;
-      if (field.value === text) field.value = said.caption;
+      conflict = false;
+      const newer = field.value !== text;
+      if (!newer) field.value = said.caption;
       showFlags(card, said.flags, said.tokens);
       index(card);
       count();
-      say(place, "Saved", "good");
+      say(place, newer ? "Not saved yet" : "Saved", newer ? "" : "good");
     } catch (error) {
       say(place, error.message, "bad");
-      if (error.caption !== undefined) saved = error.caption; // saving again now replaces it, knowingly
+      if (error.caption !== undefined) {
+        saved = error.caption;
+        conflict = true;
+      }
     }
   }
 
   field.addEventListener("input", () => say(place, field.value === saved ? "" : "Not saved yet", ""));
-  field.addEventListener("blur", () => (last = last.then(save)));
+  field.addEventListener("blur", () => {
+    if (!conflict) last = last.then(save);
+  });
   field.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
       event.preventDefault();
       last = last.then(save);
     } else if (event.key === "Escape") {
       field.value = saved;
+      conflict = false;
       say(place, "", "");
     }
   });
+  unsaved.push(() => !field.disabled && field.value !== saved);
   button.addEventListener("click", async () => {
     const isDropped = card.classList.contains("dropped");
     button.disabled = true;
@@ -203,7 +215,6 @@ if (editable) {
   cards.forEach(edit);
   all(".outs [data-name]").forEach(restorable);
   addEventListener("beforeunload", (event) => {
-    const open = all(".edit output").some((place) => place.textContent === "Not saved yet");
-    if (open) event.preventDefault();
+    if (unsaved.some((asked) => asked())) event.preventDefault();
   });
 }

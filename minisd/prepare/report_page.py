@@ -63,7 +63,12 @@ def render(pictures: Sequence[Picture], rejected: Sequence[Picture], view: View)
         for picture, count in zip(pictures, tokens, strict=True)
     ]
     by_name = {card.file_name: card for card in cards}
-    left_out = [report_data.make_left_out(row, by_name, thumbnail=view.left_out(row)) for row in rejected]
+
+    def thumbnail(row: Picture) -> str:
+        same = by_name.get(row.duplicate_of) if row.status == "duplicate" else None
+        return same.thumbnail if same is not None else view.left_out(row)
+
+    left_out = [report_data.make_left_out(row, by_name, thumbnail=thumbnail(row)) for row in rejected]
     script, style = (_HERE.joinpath(f"report.{kind}").read_text(encoding="ascii") for kind in ("js", "css"))
     return (
         _environment()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import sys
 import threading
 import webbrowser
 from collections.abc import Callable
@@ -79,6 +80,11 @@ class Server(ThreadingHTTPServer):
         self.editor, self.token = editor, secrets.token_urlsafe(32)
         super().__init__(("127.0.0.1", port), Handler)
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of a browser that went away; of anything else the traceback is wanted."""
+        if not isinstance(sys.exception(), ConnectionError | TimeoutError):
+            super().handle_error(request, client_address)
+
     @property
     def address(self) -> str:
         """What to open."""
@@ -112,13 +118,15 @@ class Handler(BaseHTTPRequestHandler):
         kind, _, name = path.partition("/")
         try:
             if path == "":
-                self._answer(HTTPStatus.OK, "text/html; charset=utf-8", editor.page().encode())
-            elif kind in kinds and (found := kinds[kind](unquote(name))) is not None:
-                self._answer(HTTPStatus.OK, *found, keep=True)
+                found: tuple[str, bytes] | None = ("text/html; charset=utf-8", editor.page().encode())
             else:
-                self._refuse(HTTPStatus.NOT_FOUND, "There is nothing here.")
+                found = kinds[kind](unquote(name)) if kind in kinds else None
         except (MinisdError, OSError) as error:
-            self._refuse(HTTPStatus.INTERNAL_SERVER_ERROR, str(translate(error)))
+            return self._refuse(HTTPStatus.INTERNAL_SERVER_ERROR, str(translate(error)))
+        if found is None:
+            self._refuse(HTTPStatus.NOT_FOUND, "There is nothing here.")
+        else:
+            self._answer(HTTPStatus.OK, *found, keep=path != "")
 
     def do_POST(self) -> None:
         """A change: /TOKEN/caption, drop or restore, with JSON, and answered so; with "error" if it was refused."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from minisd.caption_table import check_inside, read_table, read_text
+from minisd.caption_table import check_inside, read_captions, read_table
 from minisd.data import find_table
 from minisd.errors import DataError, UsageError, one_line
 from minisd.picture_files import PictureError, open_regular
@@ -218,6 +218,4 @@ def _from_sidecar(root: Path, name: str, follow_symlinks: bool) -> tuple[str, ..
     path = (root / name).with_suffix(".txt")
     if not os.path.lexists(path):
         return ()
-    # Not splitlines, which also splits at characters that a caption may have, such as U+2028.
-    lines = read_text(_resolve(root, path, follow_symlinks)).replace("\r", "\n").split("\n")
-    return tuple(line.strip() for line in lines if line.strip())
+    return read_captions(_resolve(root, path, follow_symlinks))

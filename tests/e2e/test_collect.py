@@ -469,11 +469,14 @@ def test_what_could_not_be_reached_is_tried_again_another_time_and_other_rules_a
 
 
 def test_what_a_person_deleted_does_not_count_and_does_not_come_back(server, tmp_path):
-    serve(server, [picture(number) for number in range(3)] + [picture(0)])
+    serve(server, [picture(number) for number in range(3)])
     first = run(server, tmp_path, limit=3)
-    unwanted = next(found for found in first if found.url == "https://h0.example/0.jpg" or found.sha256)
+    unwanted = next(found for found in first if found.url == "https://h0.example/0.jpg")
     (tmp_path / "raw" / unwanted.file_name).unlink()
+    serve(server, [picture(number) for number in range(3)] + [picture(0)])
     journal = run(server, tmp_path, limit=3, min_images=2)
+    assert journal[-1].url == "https://h3.example/3.jpg"
+    assert journal[-1].status == "duplicate"
     assert not (tmp_path / "raw" / unwanted.file_name).exists()
     assert sum(found.status == KEPT for found in journal) == 3
 

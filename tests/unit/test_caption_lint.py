@@ -62,11 +62,11 @@ def test_tidy_leaves_nothing_to_tidy_and_invents_nothing() -> None:
     loops = 0
     for _ in range(5000):
         said = " ".join(draw.choices(words, k=draw.randint(0, 16)))
-        loops += "repeated phrase" in lint(said, trigger=None, tokens=None)
+        loops += "repeated phrase" in lint(said, trigger=None, tokens=3)
         kept = tidy(said)
         assert tidy(kept) == kept
         assert kept.isprintable()
-        assert "BLIP word" not in lint(kept, trigger=None, tokens=None)
+        assert "BLIP word" not in lint(kept, trigger=None, tokens=3)
         rest = iter([word.strip(",").casefold().replace("an", "a") for word in said.split()])
         for word in kept.split():  # a part of the words, in order; "an" may become "a"
             assert word.strip(",").casefold().replace("an", "a") in rest
@@ -78,25 +78,25 @@ def test_tidy_leaves_nothing_to_tidy_and_invents_nothing() -> None:
     [
         ("8bit castle", "8BIT", 77, ()),
         ("", None, 2, ("empty",)),
-        (" \n.,-", "8bit", None, ("empty", "trigger missing")),
-        ("\U0001f3f0", None, None, ()),
-        ("a hat a hat", None, None, ("repeated phrase",)),
-        ("pixel art of a cat, pixel art of a dog", None, None, ("repeated phrase",)),
-        ("art of a cat, art of a dog", None, None, ()),
-        ("Arafed man", None, None, ("BLIP word",)),
+        (" \n.,-", "8bit", 5, ("empty", "trigger missing")),
+        ("\U0001f3f0", None, 5, ()),
+        ("a hat a hat", None, 5, ("repeated phrase",)),
+        ("pixel art of a cat, pixel art of a dog", None, 5, ("repeated phrase",)),
+        ("art of a cat, art of a dog", None, 5, ()),
+        ("Arafed man", None, 5, ("BLIP word",)),
         ("a castle", None, 78, ("too long",)),
         ("a castle", "8bit", 5, ("trigger missing",)),
         ("a [trigger] castle", "8bit", 5, ()),
         ("an arafed a hat a hat", "8bit", 78, ("repeated phrase", "BLIP word", "too long", "trigger missing")),
     ],
 )
-def test_lint_flags(text: str, trigger: str | None, tokens: int | None, flags: tuple[str, ...]) -> None:
+def test_lint_flags(text: str, trigger: str | None, tokens: int, flags: tuple[str, ...]) -> None:
     assert lint(text, trigger=trigger, tokens=tokens) == flags
 
 
 def test_a_caption_that_training_gives_the_trigger_does_not_miss_it() -> None:
     for text in ("a castle", "8BIT castle", "a [trigger] castle", ""):
-        assert "trigger missing" not in lint(with_trigger(text, "8bit"), trigger="8bit", tokens=None)
+        assert "trigger missing" not in lint(with_trigger(text, "8bit"), trigger="8bit", tokens=3)
 
 
 def test_tokens_are_counted_as_training_counts_them() -> None:

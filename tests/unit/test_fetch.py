@@ -9,11 +9,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from urllib.error import HTTPError
 from urllib.parse import urlsplit
 
 import pytest
-from bing_image_downloader.bing import Bing
 
 from minisd.prepare import addresses
 from minisd.prepare.fetch import Fetcher, FetchError, Limits, Response
@@ -446,36 +444,3 @@ def test_threads_share_a_fetcher(server, internet) -> None:
     with ThreadPoolExecutor(12) as pool:
         bodies = pool.map(lambda i: fetcher.fetch(f"{('http', 'https')[i % 2]}://h{i % 7}.example/{i}").body, range(60))
         assert list(bodies) == [b"%d" % index for index in range(60)]
-
-
-def test_the_package_opens_what_we_refuse(server, internet, tmp_path, monkeypatch) -> None:
-    """The control of B3 to B8: were they mended there, ours would be needless."""
-    for name in ("http_proxy", "all_proxy", "HTTP_PROXY", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    package = Bing("cats", 1, tmp_path, "on", 1, verbose=False)
-    saved = tmp_path / "saved"
-
-    def saves(link: str) -> bool:
-        saved.unlink(missing_ok=True)
-        with suppress(HTTPError):
-            package.save_image(link, saved)
-        return saved.exists()
-
-    local = f"127.0.0.1:{server.ports[80]}"
-    secret = tmp_path / "secret"
-    secret.write_bytes(b"BM: my passwords")
-    server.on(f"{local}/1.jpg", body(JPEG))
-    server.on(f"{local}/hop.jpg", redirect(f"http://{local}/1.jpg"))
-    server.on(f"{local}/large.jpg", body(JPEG[:4] + bytes(26 * 2**20)))
-    server.on(f"{local}/slow.jpg", slow(JPEG[:16], 0.1))
-    assert saves(secret.as_uri())
-    assert all(saves(f"http://{local}/{path}.jpg") for path in ("1", "hop", "large", "slow"))
-    assert not saves(f"http://{local}/a%20b.jpg")  # it asks for a%2520b
-    assert server.hits[f"{local}/a%2520b.jpg"] == 1
-
-    for path in ("large", "slow"):
-        server.on(f"cats.example/{path}.jpg", server.answers[f"{local}/{path}.jpg"])
-    for url in (secret.as_uri(), f"http://{local}/1.jpg", f"http://{local}/hop.jpg"):
-        assert _failure(internet, url).status == "refused"
-    assert _failure(internet, "http://cats.example/large.jpg").status == "too large"
-    assert _failure(internet, "http://cats.example/slow.jpg", Limits(seconds=1.0)).status == "unreachable"

@@ -470,3 +470,44 @@ def test_an_output_that_is_a_file_is_refused(source: Path, tmp_path: Path) -> No
     (tmp_path / "data").write_text("x")
     with pytest.raises(MinisdError, match="cannot be made"):
         _clean(tmp_path / "data", source)
+
+
+def test_a_name_in_the_table_leads_nowhere_else_even_if_it_ends_like_one_of_ours(source: Path, tmp_path: Path) -> None:
+    output = tmp_path / "data"
+    _clean(output, source)
+    first, *others = read_pictures(output)
+    write_pictures(output, [replace(first, file_name=f"../../evil/{first.file_name}"), *others])
+    (tmp_path / "evil").mkdir()
+    _clean(output, source)
+    assert not list((tmp_path / "evil").iterdir())
+
+
+def test_what_a_killed_run_wrote_is_not_left_beside_what_the_next_one_writes(source: Path, tmp_path: Path) -> None:
+    output = tmp_path / "data"
+    _clean(output, source)
+    rows = read_pictures(output)
+    write_pictures(output, rows[:1])  # as if killed before the others were noted
+    _picture(source / "0-first.png", 77, (64, 64))  # takes a number that one of them had
+    _clean(output, source)
+    names = {row.file_name for row in read_pictures(output)}
+    assert len(names) == len(rows) + 1
+    assert {path.name for path in (output / "train").glob("*.png")} == names
+
+
+def test_what_is_in_raw_by_hand_is_rejected_once_however_often_it_is_looked_at(tmp_path: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    _picture(tmp_path / "raw" / "good.png", 1, (64, 64))
+    _picture(tmp_path / "raw" / "small.png", 2, (20, 20))
+    for _ in range(3):
+        clean(Clean(output=tmp_path, rules=Rules(min_side=48)))
+        assert [row.original for row in read_rejected(tmp_path)] == ["small.png"]
+
+
+def test_animations_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "mine").mkdir()
+    frames = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "mine" / "a.gif", save_all=True, append_images=frames[1:])
+    _picture(tmp_path / "mine" / "b.png", 2, (64, 64))
+    with caplog.at_level("INFO"):
+        _clean(tmp_path / "data", tmp_path / "mine")
+    assert "1 animations: the first frame of each is taken" in caplog.text
