@@ -5,7 +5,11 @@ python prepare_data.py all --query "8bit illustration" --limit 100 --output gen_
 Each stage is a command of its own, too, can be run again, and then does only what is missing.
 """
 
+import signal
 import sys
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to interrupt: no traceback of an import
 
 from minisd.prepare.options import All, Caption, Clean, Collect, Options, Report, Serve, parse_options
 
@@ -67,6 +71,8 @@ def _run(stage: Options | None) -> None:
 
 if __name__ == "__main__":
     assert OPTIONS is not None
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     prefix = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
     sys.exit(run_script(partial(prepare, OPTIONS), debug=OPTIONS.debug, prefix=prefix))

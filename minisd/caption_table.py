@@ -105,7 +105,7 @@ def _records(path: Path, text: str) -> Iterator[Record]:
         for fields in reader:
             line, next_line = next_line, reader.line_num + 1  # a quoted caption may go over several lines
             where = f"{str(path)!r}, line {line}"
-            if not fields:
+            if not fields or (header and not any(fields)):  # a blank line, or commas alone, as spreadsheets append
                 continue
             if not header:
                 header = _checked_header(where, fields)

@@ -24,6 +24,7 @@ MAX_PIXELS = 64 * 2**20
 MAX_ASPECT = 16
 # Pillow knows some fifty formats; one of them starts Ghostscript.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
+_HEIC = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")  # what phones write
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -119,7 +120,14 @@ def decode(file: BinaryIO, path: Path, *, background: str, max_aspect: float) ->
     except PictureError:
         raise
     except UnidentifiedImageError as error:
-        raise PictureError("not a picture", f"not a picture: expected {', '.join(FORMATS)} by content", path) from error
+        file.seek(0)
+        start = file.read(12)
+        if start[4:8] == b"ftyp" and start[8:12] in _HEIC:
+            raise PictureError(
+                "not a picture", "not a picture that can be read: HEIC", path, "Export it as JPEG."
+            ) from error
+        got = "not a picture" if start else "not a picture but an empty file"
+        raise PictureError("not a picture", f"{got}: expected {', '.join(FORMATS)} by content", path) from error
     except Image.DecompressionBombError as error:
         raise PictureError(
             "too large", f"a decompression bomb: expected at most {MAX_PIXELS} pixels", path, _SMALLER

@@ -41,7 +41,7 @@ def output_lock(output: Path, *, patience: float = 0.0) -> Iterator[None]:
     except (FileExistsError, NotADirectoryError) as error:
         raise UsageError(f"--output {str(output)!r}: expected a folder, got a file. Choose another name.") from error
     except OSError as error:
-        raise DiskError(f"{error.filename}: {error.strerror}. Choose another --output.") from error
+        raise DiskError(f"{error.filename}: {error.strerror}. Choose another folder.") from error
     try:
         _acquire(descriptor, path, patience)
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "started": datetime.now(UTC).isoformat()}
@@ -66,7 +66,7 @@ def _acquire(descriptor: int, path: Path, patience: float) -> None:
             holder = _holder(descriptor)
             if time.monotonic() >= deadline:
                 raise OutputInUseError(
-                    f"{path.parent}: in use by {holder}. Wait for it, stop it, or choose another --output."
+                    f"{path.parent}: in use by {holder}. Wait for it, stop it, or choose another folder."
                 ) from error
         except OSError as error:
             log.warning("%s: no locks here (%s): start no second run in this folder", path, error.strerror)

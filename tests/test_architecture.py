@@ -134,6 +134,7 @@ PACKAGES: dict[str, set[str]] = {
     "minisd.prepare.table": {"pandas"},
     "minisd.prepare.dropping": set(),
     "minisd.prepare.summary": set(),
+    "minisd.prepare.names": set(),
     "minisd.prepare.source_folder": set(),
     "minisd.prepare.clean": {"tqdm"},
     "minisd.prepare.caption_lint": {"transformers"},

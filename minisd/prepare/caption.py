@@ -35,6 +35,7 @@ from minisd.prepare.table import (
     picture_path,
     read_pictures,
     table_path,
+    with_flags,
     write_pictures,
 )
 
@@ -186,13 +187,7 @@ def _finish(data: Path, captioner: Captioner, said: Sequence[Said], counts: Coun
     pictures = _with_captions(read_pictures(data), said, captioner)  # read again: somebody may have edited it
     tokens = count_tokens([picture.text for picture in pictures])
     flags = [lint(p.text, trigger=captioner.trigger, tokens=n) for p, n in zip(pictures, tokens, strict=True)]
-    write_pictures(
-        data,
-        [
-            replace(picture, status="check" if found else "ok", reason="; ".join(found))
-            for picture, found in zip(pictures, flags, strict=True)
-        ],
-    )
+    write_pictures(data, [with_flags(*found) for found in zip(pictures, flags, strict=True)])
     delete_said(data)
     had = len(pictures) - counts["described"] - counts["failed"]
     log.info("%d pictures: %d described, %d had captions", len(pictures), counts["described"], had)

@@ -9,22 +9,23 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
-from minisd.atomic import delete, remove_leftovers, write_atomically
+from minisd.atomic import remove_leftovers, write_atomically
 from minisd.data import find_table, sha256_of_picture
-from minisd.errors import DataError, UsageError
+from minisd.errors import DataError, UsageError, one_line
 from minisd.picture_files import PictureError
 from minisd.prepare.dropping import finish_moves
 from minisd.prepare.duplicates import near_duplicates
 from minisd.prepare.examine import MAX_BYTES, Examined, Written, examine, preview, write_png
 from minisd.prepare.guarded import GuardedPool
 from minisd.prepare.journal import read_journal
+from minisd.prepare.names import OUR_NAME, delete_strays, named, numbered, recognised
 from minisd.prepare.options import Clean, Rules
 from minisd.prepare.source_folder import check_folders, describe, left_out_before, list_files
 from minisd.prepare.summary import counts, summary
@@ -40,7 +41,6 @@ from minisd.prepare.table import (
 
 log = logging.getLogger(__name__)
 
-_OUR_NAME = re.compile(r"([0-9]{6,})-([0-9a-f]{8})\.png")
 _DHASH = re.compile(r"[0-9a-f]{16}-[0-9a-f]{54}")
 _SAVE_SECONDS = 3.0
 _PREVIEW_SIDE = 256
@@ -70,6 +70,7 @@ def clean(options: Clean) -> None:
     journal = read_journal(source) if options.source is None else []
     rows = describe(source, listing, journal, follow_symlinks=options.follow_symlinks)
     firsts, rejected = _hash(listing.paths, rows)
+    kept = [recognised(row, firsts) for row in kept]
     settled = {row.original_sha256 for row in (*kept, *dropped)}
     new = {name: listing.paths[name] for sha256, name in firsts.items() if sha256 not in settled}
     with GuardedPool() as pool:
@@ -81,8 +82,8 @@ def clean(options: Clean) -> None:
             chosen = [name for name in examined if name not in alike]
             if not chosen:
                 break
-            numbered = _numbered([rows[name] for name in chosen], (*kept, *dropped))
-            rejected += _write(pool, data, kept, numbered, new, options.rules)
+            chosen_rows = numbered([rows[name] for name in chosen], (*kept, *dropped))
+            rejected += _write(pool, data, kept, chosen_rows, new, options.rules)
             # Once more: what looks like one that could not be written after all may be the best there is.
             examined = {name: examined[name] for name in alike}
         rejected += [
@@ -92,7 +93,7 @@ def clean(options: Clean) -> None:
     rejected += listing.refused
     kept = _with_captions(kept, rows, alike)
 
-    rejected = sorted(_named(rejected, kept, dropped), key=lambda row: row.original)
+    rejected = sorted(named(rejected, kept, dropped), key=lambda row: row.original)
     judged = {row.original for row in rejected}
     others = [row for row in others if not row.original or row.original not in judged]
     everything = [*dropped, *others, *rejected, *left_out_before(journal)]
@@ -103,7 +104,7 @@ def clean(options: Clean) -> None:
             f"{str(source)!r}: expected pictures to keep, got none; {said}. Change the rules or the folder."
         )
     write_pictures(data, kept)
-    _delete_strays(data / "train", {row.file_name for row in kept}, {sha256[:8] for sha256 in firsts})
+    delete_strays(data / "train", {row.file_name for row in kept}, {sha256[:8] for sha256 in firsts})
     log.info("%s", summary(len(kept), everything, None))
 
 
@@ -185,33 +186,6 @@ def _alike(settled: Sequence[Picture], examined: Mapping[str, Examined], distanc
     return {names[i - len(known)]: pictures[better].sha256 for i, better in found.items()}
 
 
-def _named(rejected: Sequence[Picture], kept: Sequence[Picture], dropped: Sequence[Picture]) -> list[Picture]:
-    """Rows whose `duplicate_of` is a file name in the dataset, where it was the hash of the original so far."""
-    said = {row.original_sha256: (row.file_name, "which is kept") for row in kept}
-    said |= {row.original_sha256: (row.file_name, "which was taken out") for row in dropped}
-    named = []
-    for row in rejected:
-        name, what = said.get(row.duplicate_of, ("", ""))
-        reason = f"looks like {name}, {what}" if row.status == "near-duplicate" else row.reason
-        named.append(replace(row, duplicate_of=name, reason=reason))
-    return named
-
-
-def _delete_strays(folder: Path, names: Collection[str], originals: Collection[str]) -> None:
-    """Delete pictures without a row that were made from known originals, by a run that was killed before it said so."""
-    for path in folder.iterdir():
-        ours = _OUR_NAME.fullmatch(path.name)
-        if ours and ours[2] in originals and path.name not in names:
-            delete(path)
-
-
-def _numbered(rows: Sequence[Picture], settled: Sequence[Picture]) -> list[Picture]:
-    """Rows with file names. No number is given twice, those of pictures that were taken out included."""
-    names = (_OUR_NAME.fullmatch(row.file_name) for row in settled)
-    first = max((int(name[1]) + 1 for name in names if name), default=0)
-    return [replace(row, file_name=f"{first + i:06d}-{row.original_sha256[:8]}.png") for i, row in enumerate(rows)]
-
-
 def _write(
     pool: GuardedPool,
     data: Path,
@@ -248,18 +222,18 @@ def _write_png(job: tuple[Path, Path], rules: Rules) -> Written:
 def _remake(pool: GuardedPool, data: Path, kept: list[Picture], originals: Mapping[str, Path], rules: Rules) -> None:
     """Write files anew that are missing in the dataset, from their originals (hash -> path) if these are there."""
     targets = {index: data / "train" / row.file_name for index, row in enumerate(kept)}
-    missing = {index: target for index, target in targets.items() if not target.exists()}
+    missing = {index: target for index, target in targets.items() if not target.is_file()}
     jobs = {
         index: (originals[kept[index].original_sha256], target)
         for index, target in missing.items()
-        if kept[index].original_sha256 in originals and _OUR_NAME.fullmatch(kept[index].file_name)
+        if kept[index].original_sha256 in originals and OUR_NAME.fullmatch(kept[index].file_name)
     }
     for index, result in zip(jobs, pool.map(partial(_write_png, rules=rules), jobs.values()), strict=True):
         if not isinstance(result, PictureError):
             kept[index] = replace(kept[index], width=result.width, height=result.height, sha256=result.sha256)
             del missing[index]
     if missing:
-        first = next(iter(missing.values()))
+        first = one_line(str(next(iter(missing.values()))))
         log.warning(
             "%d rows of the table have no file, as %s; take them out, or put the files back", len(missing), first
         )

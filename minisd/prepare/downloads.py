@@ -51,7 +51,7 @@ class Downloads:
         """Begin with an address."""
         self.in_flight += 1
         staged = staging_name(self._raw / f"{next(_numbers)}")
-        threading.Thread(target=self._run, args=(link, staged), daemon=True).start()
+        threading.Thread(target=self._run, args=(link, staged), name="download", daemon=True).start()
 
     def next(self) -> Download:
         """Wait for the download that is done next. Its file is the caller's then."""

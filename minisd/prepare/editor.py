@@ -25,7 +25,15 @@ from minisd.prepare.options import Serve
 from minisd.prepare.report import find_picture, saved_preview, title_of, with_sizes
 from minisd.prepare.report_data import make_card
 from minisd.prepare.report_page import View, render
-from minisd.prepare.table import DROPPED, Picture, one_line_caption, read_pictures, read_rejected, write_pictures
+from minisd.prepare.table import (
+    DROPPED,
+    Picture,
+    one_line_caption,
+    read_pictures,
+    read_rejected,
+    with_flags,
+    write_pictures,
+)
 from minisd.run_lock import output_lock
 
 _THUMBNAIL = 384
@@ -114,7 +122,7 @@ class Editor:
             picture = replace(picture, text=one_line_caption(text), caption_source="edited")
             (tokens,) = count_tokens([picture.text])
             flags = lint(picture.text, trigger=self.options.trigger, tokens=tokens)
-            pictures[index] = replace(picture, status="check" if flags else "ok", reason="; ".join(flags))
+            pictures[index] = with_flags(picture, flags)
             write_pictures(self.data, pictures)
         (shown,) = self._with_sizes([picture])
         resolution, trigger = self.options.resolution, self.options.trigger

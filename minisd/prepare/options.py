@@ -6,8 +6,10 @@ Imports nothing slow, so that `--help` and a refusal come at once.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -199,10 +201,7 @@ class Serve:
 
 @dataclass(frozen=True, kw_only=True)
 class All:
-    """From a keyword (--query) or a folder (--from) to a dataset for train.py: collect, clean, caption, report.
-
-    Interrupted and started again, it goes on.
-    """
+    """From a keyword (--query) or a folder (--from) to a dataset for train.py: collect, clean, caption, report."""
 
     output: Path
     """The dataset's folder."""
@@ -259,6 +258,8 @@ class All:
 
 Options = Collect | Clean | Caption | Report | Serve | All
 
+_PATHS = ("--output", "--from", "--data", "--caption-model")
+
 _Subcommands = (
     Annotated[All, tyro.conf.subcommand("all")]
     | Annotated[Collect, tyro.conf.subcommand("collect")]
@@ -272,6 +273,11 @@ _Subcommands = (
 def parse_options(arguments: Sequence[str] | None = None) -> Options:
     """Read the command line; a mistake ends the process with one line on stderr and exit code 2."""
     try:
+        words = sys.argv[1:] if arguments is None else arguments
+        for option, value in pairwise([*words, "-"]):
+            # Path("") is the current folder: not what somebody means whose shell variable is not set.
+            if (option in _PATHS and value == "") or (option.removesuffix("=") in _PATHS and option.endswith("=")):
+                raise UsageError(f"{option.removesuffix('=')}: expected a folder, got nothing.")
         with tyros_refusal():
             options: Options = tyro.cli(
                 _Subcommands,

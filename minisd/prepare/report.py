@@ -64,6 +64,7 @@ def report(options: Report) -> Path:
     )
     path = data / "report.html"
     write_atomically(path, render(pictures, rejected, view).encode())
+    log.info("to look at: %s", one_line(str(path)))
     return path
 
 

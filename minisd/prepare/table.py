@@ -12,7 +12,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import pandas as pd
@@ -64,6 +64,13 @@ class Picture:
     fetched_at: str = ""
     duplicate_of: str = ""
     others: tuple[tuple[str, str], ...] = ()
+
+
+def with_flags(picture: Picture, flags: Sequence[str]) -> Picture:
+    """The row with what is odd about its caption, unless `status` has a word of somebody else's."""
+    if picture.status not in ("", "ok", "check"):
+        return picture
+    return replace(picture, status="check" if flags else "ok", reason="; ".join(flags))
 
 
 COLUMNS = tuple(field.name for field in fields(Picture) if field.name != "others")

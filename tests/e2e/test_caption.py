@@ -354,3 +354,13 @@ def test_few_pictures_are_in_memory_at_once(data: Path, monkeypatch: pytest.Monk
     caption(options(data, batch_size=2, recaption=True), describe=describe)
     assert read == PICTURES
     assert most <= 4  # the batch that is worked on, and the next
+
+
+def test_a_word_of_somebody_else_in_status_stays(tmp_path):
+    data = tmp_path / "theirs"
+    data.mkdir()
+    Image.new("RGB", (64, 64), "red").save(data / "a.png")
+    (data / "metadata.csv").write_text("file_name,text,status,reason\na.png,a castle,published,by me\n")
+    caption(Caption(data=data), describe=lambda images: ["x"] * len(images))
+    (row,) = read_pictures(data)
+    assert (row.text, row.status, row.reason) == ("a castle", "published", "by me")

@@ -95,7 +95,7 @@ def _expected(raw: bytes) -> list[dict[str, str]]:
             header = fields
             if len(header) != len(set(header)) or "file_name" not in header or "text" not in header:
                 raise _RefusedError(line)
-        elif fields:
+        elif any(fields):
             if len(fields) != len(header):
                 raise _RefusedError(line)
             found[line] = dict(zip(header, fields, strict=True))

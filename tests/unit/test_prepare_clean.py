@@ -1,3 +1,4 @@
+import csv
 import hashlib
 import json
 import logging
@@ -452,11 +453,13 @@ def test_no_picture_at_all_is_refused_with_the_counts(tmp_path: Path) -> None:
 
 def test_a_hash_that_is_none_and_a_name_that_is_not_ours_do_no_harm(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "data"
-    row = Picture(file_name="../x.png", dhash="zz", original_sha256=_sha256(source / "a.png"))
-    write_pictures(output, [row])
-    _clean(output, source)
-    assert set(_kept(output)) == {"", "b.jpg", "sub/c.webp"}
-    assert not (output / "x.png").exists()
+    (tmp_path / "evil").mkdir()
+    for name in ("../x.png", "../../evil/000000-aaaaaaaa.png"):
+        row = Picture(file_name=name, dhash="zz", original_sha256=_sha256(source / "a.png"))
+        write_pictures(output, [row])
+        _clean(output, source)
+        assert set(_kept(output)) == {"", "b.jpg", "sub/c.webp"}
+        assert not (output / "train" / name).exists()
 
 
 def test_the_end_is_told_in_one_line(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -472,14 +475,17 @@ def test_an_output_that_is_a_file_is_refused(source: Path, tmp_path: Path) -> No
         _clean(tmp_path / "data", source)
 
 
-def test_a_name_in_the_table_leads_nowhere_else_even_if_it_ends_like_one_of_ours(source: Path, tmp_path: Path) -> None:
+def test_a_table_that_lost_its_columns_or_got_empty_rows_is_still_known(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "data"
     _clean(output, source)
-    first, *others = read_pictures(output)
-    write_pictures(output, [replace(first, file_name=f"../../evil/{first.file_name}"), *others])
-    (tmp_path / "evil").mkdir()
+    before = read_pictures(output)
+    with (output / "train" / "metadata.csv").open("w", newline="") as file:
+        rows = [(row.file_name, row.text) for row in before]
+        csv.writer(file).writerows([("file_name", "text"), *rows, ("", ""), ("", "")])
     _clean(output, source)
-    assert not list((tmp_path / "evil").iterdir())
+    after = read_pictures(output)
+    assert [row.file_name for row in after] == [row.file_name for row in before]
+    assert [row.original_sha256 for row in after] == [row.original_sha256 for row in before]
 
 
 def test_what_a_killed_run_wrote_is_not_left_beside_what_the_next_one_writes(source: Path, tmp_path: Path) -> None:
