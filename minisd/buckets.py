@@ -14,6 +14,8 @@ from minisd.errors import DataError
 
 Size = tuple[int, int]
 
+# Of every published model: for who looks at pictures before a model is chosen.
+PIXELS_PER_LATENT = 8
 # No side of a bucket is longer than this many times the resolution, so no shape is beyond 4:1.
 _LONGEST = 2
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minisd.prepare.duplicates import near_duplicates
-from minisd.prepare.examine import HASH_DIGITS, Examined
+from minisd.prepare.examine import HASH_DIGITS, Examined, unfit
 from minisd.prepare.journal import KEPT, Found
 from minisd.prepare.options import Rules
 
@@ -81,15 +81,6 @@ class Collected:
 def _bits(picture: Examined) -> int:
     """The 64 bits of the hash; pictures that look alike differ in few of them, and in no colour."""
     return int(picture.dhash[:HASH_DIGITS], 16)
-
-
-def unfit(width: int, height: int, rules: Rules) -> tuple[str, str] | None:
-    """Status and reason if the rules leave out a picture of this size in pixels, else None."""
-    if max(width, height) > rules.max_aspect * min(width, height):
-        return "too narrow", f"{width} x {height} pixels, expected sides of at most {rules.max_aspect:g}:1"
-    if min(width, height) < rules.min_side:
-        return "too small", f"{width} x {height} pixels, expected sides of at least {rules.min_side}"
-    return None
 
 
 def is_settled(entry: Found, rules: Rules) -> bool:

@@ -14,14 +14,13 @@ import imagehash
 from PIL import Image
 
 from minisd.atomic import write_atomically
-from minisd.buckets import bucket_geometry, default_step
+from minisd.buckets import PIXELS_PER_LATENT, bucket_geometry, default_step
 from minisd.picture_files import FORMATS, PictureError, decode, load_image, open_regular
 from minisd.prepare.options import Rules
 
 HASH_DIGITS = 16
 MAX_BYTES = 512 * 2**20  # 64 bits a pixel, of as many pixels as are allowed
 _CELLS = (3, 3)
-_PIXELS_PER_LATENT = 8
 
 
 @dataclass(frozen=True)
@@ -69,10 +68,18 @@ def examine(path: Path, rules: Rules) -> Examined:
         file.seek(0)
         image = decode(file, path, background=rules.background, max_aspect=rules.max_aspect)
         animated = _is_animated(file)
-    if min(image.size) < rules.min_side:
-        reason = f"{image.width} x {image.height} pixels, expected sides of at least {rules.min_side}"
-        raise PictureError("too small", reason, path)
+    if (refused := unfit(image.width, image.height, rules)) is not None:
+        raise PictureError(*refused, path)
     return Examined(sha256, image.width, image.height, _dhash(image), suffix, size_bytes, animated)
+
+
+def unfit(width: int, height: int, rules: Rules) -> tuple[str, str] | None:
+    """Status and reason if the rules leave out a picture of this size in pixels, else None."""
+    if max(width, height) > rules.max_aspect * min(width, height):
+        return "too narrow", f"{width} x {height} pixels, expected sides of at most {rules.max_aspect:g}:1"
+    if min(width, height) < rules.min_side:
+        return "too small", f"{width} x {height} pixels, expected sides of at least {rules.min_side}"
+    return None
 
 
 def write_png(source: Path, target: Path, rules: Rules) -> Written:
@@ -142,7 +149,7 @@ def _dhash(image: Image.Image) -> str:
 
 def _resized(image: Image.Image, resolution: int) -> Image.Image:
     """Make a larger picture as small as training at this resolution would make it."""
-    step = default_step(resolution, _PIXELS_PER_LATENT)
+    step = default_step(resolution, PIXELS_PER_LATENT)
     size = None
     smaller = image.height, image.width
     # More than once if the rounding of its sides brings it nearer to another bucket.

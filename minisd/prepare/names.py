@@ -17,12 +17,12 @@ def named(rejected: Sequence[Picture], kept: Sequence[Picture], dropped: Sequenc
     """Rows whose `duplicate_of` is a file name in the dataset, where it was the hash of the original so far."""
     said = {row.original_sha256: (row.file_name, "which is kept") for row in kept}
     said |= {row.original_sha256: (row.file_name, "which was taken out") for row in dropped}
-    named = []
+    rows = []
     for row in rejected:
         name, what = said.get(row.duplicate_of, ("", ""))
         reason = f"looks like {name}, {what}" if row.status == "near-duplicate" else row.reason
-        named.append(replace(row, duplicate_of=name, reason=reason))
-    return named
+        rows.append(replace(row, duplicate_of=name, reason=reason))
+    return rows
 
 
 def delete_strays(folder: Path, names: Collection[str], originals: Collection[str]) -> None:

@@ -14,12 +14,11 @@ from itertools import pairwise
 from statistics import fmean
 from urllib.parse import urlsplit
 
-from minisd.buckets import Size, bucket_geometry, default_step
+from minisd.buckets import PIXELS_PER_LATENT, Size, bucket_geometry, default_step
 from minisd.errors import DataError, one_line
 from minisd.prepare.caption_lint import MAX_TOKENS, lint
 from minisd.prepare.table import DROPPED, Picture
 
-_PIXELS_PER_LATENT = 8
 _MUCH = 0.15  # of a picture that is cut away
 _LABELS = 14  # of buckets in the chart; the others are counted together
 _WORDS = 24
@@ -119,7 +118,7 @@ class Charts:
 
 def training_frame(size: Size, resolution: int) -> Frame | None:
     """The part of a picture (height, width) that train.py shows with its defaults; None if it refuses the picture."""
-    step = default_step(resolution, _PIXELS_PER_LATENT)
+    step = default_step(resolution, PIXELS_PER_LATENT)
     try:
         geometry = bucket_geometry(size, resolution, step, upscale=False)
     except DataError:

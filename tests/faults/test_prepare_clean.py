@@ -9,17 +9,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from minisd.picture_files import PictureError
 from minisd.pocket import scenes
 from minisd.prepare import clean as stage
 from minisd.prepare.options import Clean, Rules
 from tests.faults.harness import KILLED, POWER, count_operations, with_fault
+from tests.inline_pool import InlinePool
 
 ROOT = Path(__file__).parents[2]
 RULES = Rules(min_side=48)
@@ -33,23 +31,6 @@ if __name__ == "__main__":
     print("begun", flush=True)
     stage.clean(Clean(output=Path(sys.argv[2]), source=Path(sys.argv[1]), rules=Rules(min_side=48)))
 """
-
-
-class _InlinePool:
-    """In this process, where each file operation is seen."""
-
-    def __enter__(self) -> _InlinePool:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-        for item in items:
-            try:
-                yield function(item)
-            except PictureError as error:
-                yield error
 
 
 def _source(folder: Path, count: int) -> Path:
@@ -76,7 +57,7 @@ def test_killed_at_any_file_operation_it_ends_as_if_it_had_not_been(
     disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, whole, data = _source(disk / "source", 4), disk / "whole", disk / "data"
-    monkeypatch.setattr(stage, "GuardedPool", _InlinePool)
+    monkeypatch.setattr(stage, "GuardedPool", InlinePool)
     monkeypatch.setattr(stage, "_SAVE_SECONDS", 0.0)
 
     def work(output: Path) -> None:

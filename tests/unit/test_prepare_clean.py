@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from minisd.prepare.examine import Examined, Written
 from minisd.prepare.journal import Found, Journal
 from minisd.prepare.options import Clean, Rules
 from minisd.prepare.table import Picture, read_pictures, read_rejected, write_pictures
+from tests.inline_pool import InlinePool
 
 RULES = Rules(min_side=48)
 
@@ -62,23 +62,6 @@ def source(tmp_path: Path) -> Path:
         _picture(folder / name, index)
     (folder / "a.txt").write_text('a castle, "old"\nanother\n', encoding="utf-8")
     return folder
-
-
-class _InlinePool:
-    """In this process, for tests that change what a worker does."""
-
-    def __enter__(self) -> "_InlinePool":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-        for item in items:
-            try:
-                yield function(item)
-            except PictureError as error:
-                yield error
 
 
 # --- what it makes ---
@@ -266,7 +249,7 @@ def test_one_that_cannot_be_written_makes_place_for_what_looks_like_it(
         found = real_examine(path, rules)
         return replace(found, sha256="0" * 64) if path == changed else found
 
-    monkeypatch.setattr(stage, "GuardedPool", _InlinePool)
+    monkeypatch.setattr(stage, "GuardedPool", InlinePool)
     monkeypatch.setattr(stage, "write_png", write_png)
     monkeypatch.setattr(stage, "examine", examine)
     _clean(tmp_path / "data", source)
