@@ -46,19 +46,22 @@ from minisd.distributed import (
     sum_over_ranks,
     wait_for_all,
 )
-from minisd.errors import Stopped, run_script
+from minisd.errors import MinisdError, Stopped, run_script
 from minisd.guards import check_loss_scale, naming_sizes, refuse_non_finite
+from minisd.hub_upload import check_can_push
 from minisd.latent_cache import encode_moments
 from minisd.lora import lora_parameters, lora_weights
 from minisd.lora_writer import lora_bytes
 from minisd.preflight import preflight
+from minisd.publish import Publish, publish
+from minisd.report.write import write_report
 from minisd.run import Run, batches_from, prepare
 from minisd.run_lock import output_lock
 from minisd.run_state import save_run, write_if_new
 from minisd.run_status import RunReport, reported
 from minisd.trackers import MetricsLog, check_report_to
 from minisd.training import diffusion_loss, latents_of, lr_at
-from minisd.validation import draw_validation, is_due
+from minisd.validation import is_due, validate
 
 log = logging.getLogger("train")
 
@@ -90,11 +93,12 @@ def train(config: TrainConfig, dist: Distributed, stop: StopRequest = STOP, repo
         batch = next(batches, None)
         while True:
             if is_due(config, progress.step, run.max_train_steps):
-                keep = progress.step == resumed_at
-                pictures = draw_validation(config, dist, run.model, progress.step, stop, keep=keep)
-                for path in pictures:
-                    if metrics is not None:
-                        metrics.picture(progress.step, path.stem, path)
+                resumed = progress.step == resumed_at
+                if not validate(config, dist, run, metrics, stop, resumed=resumed):  # measured when the run goes on
+                    checkpoint = None if resumed else save(config, dist, run)
+                    if report is not None and dist.is_main and checkpoint is not None:
+                        report.saved(progress.step, checkpoint)
+                    raise Stopped(stop.reason or "another process was asked to", checkpoint=checkpoint)
             if progress.step >= run.max_train_steps:
                 break
             started = time.monotonic()
@@ -238,6 +242,9 @@ def main(config: TrainConfig) -> None:
         if dist.is_main:
             # Ranks whose torchrun was killed are still at their last save.
             stack.enter_context(output_lock(config.output, patience=5))
+            if config.hub_model_id is not None and not config.preflight:
+                private, license_name = config.hub_private_repo, config.hub_license
+                check_can_push(config.hub_model_id, private=private, license_name=license_name)
         wait_for_all(dist)
         if config.preflight:
             preflight(config, dist, train)
@@ -245,6 +252,24 @@ def main(config: TrainConfig) -> None:
         report = stack.enter_context(reported(config.output, dist.rank))
         report.processes = [(host, pid) for host, pid in gather(dist, [socket.gethostname(), os.getpid()])]
         train(config, dist, STOP, report)
+    if dist.is_main:  # after run_status.json says that the run is done
+        show(config)
+
+
+def show(config: TrainConfig) -> None:
+    """Write the report of a complete run, and publish the run, where that is asked for. On the main rank.
+
+    Raises:
+        NetworkError: the Hub cannot be reached, or refuses; says how to publish later.
+    """
+    if config.report:
+        try:
+            write_report(config.output)
+        except MinisdError as error:  # the run itself is whole, and the report can be written at any time
+            log.warning("the report could not be written: %s", error)
+    if config.hub_model_id is not None:
+        private, license_name = config.hub_private_repo, config.hub_license
+        publish(Publish(run=config.output, hub_model_id=config.hub_model_id, license=license_name, private=private))
 
 
 if __name__ == "__main__":

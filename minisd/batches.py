@@ -83,7 +83,8 @@ class TrainingSamples(Dataset[Batch]):
         plan: which picture a position shows.
         cache: of captions, and of latents.
         text_weights: the text encoder's identity in the cache.
-        vae_weights: the VAE's; None to read pixels instead of moments.
+        vae_weights: the VAE's.
+        cache_latents: read moments from the cache; else pixels, to be encoded each time.
         center_crop, random_flip, caption_dropout, noise_offset, seed: options of the run.
         latent_channels, pixels_per_latent, num_train_timesteps, is_xl: of the model.
     """
@@ -95,7 +96,8 @@ class TrainingSamples(Dataset[Batch]):
     cache: TensorCache
     _: KW_ONLY
     text_weights: str
-    vae_weights: str | None
+    vae_weights: str
+    cache_latents: bool
     center_crop: bool
     random_flip: bool
     caption_dropout: float
@@ -112,17 +114,26 @@ class TrainingSamples(Dataset[Batch]):
 
     def caption_of(self, position: int) -> str | None:
         """The caption that a position of the run is trained with; None where it is left out."""
-        captions = self.examples[self.plan.index(position)].captions
+        return self.caption(self.plan.index(position), position)
+
+    def caption(self, index: int, position: int) -> str | None:
+        """The caption drawn for a position that shows the picture at `index`; None where it is left out."""
+        captions = self.examples[index].captions
         if draws.caption_dropout(self.seed, position) < self.caption_dropout:
             return None
         return captions[draws.caption_choice(self.seed, position, len(captions)) if len(captions) > 1 else 0]
 
-    def views(self) -> list[View]:
-        """Every way a picture is shown in the run: as it is, and mirrored if it may be."""
-        flips = (False, True) if self.random_flip else (False,)
-        return [self._view(index, flip) for index in range(len(self.examples)) for flip in flips]
+    def captions(self) -> list[str]:
+        """Every caption of every picture."""
+        return [caption for example in self.examples for caption in example.captions]
 
-    def _view(self, index: int, flip: bool) -> View:
+    def views(self) -> list[View]:
+        """Every way a picture is shown in the run: as it is, and mirrored if it may be. None where pixels are read."""
+        flips = () if not self.cache_latents else (False, True) if self.random_flip else (False,)
+        return [self.view(index, flip) for index in range(len(self.examples)) for flip in flips]
+
+    def view(self, index: int, flip: bool) -> View:
+        """One way the picture at `index` is shown."""
         return View(self.examples[index].path, self.surveys[index].sha256, self.geometries[index], flip)
 
     def _time_ids(self, index: int, crop: tuple[float, float] | None, *, flip: bool) -> Tensor:
@@ -138,15 +149,24 @@ class TrainingSamples(Dataset[Batch]):
         return torch.tensor([[*self.surveys[index].size, top, left, *geometry.size]], dtype=torch.float32)
 
     def __getitem__(self, position: int) -> Batch:
-        index, seed = self.plan.index(position), self.seed
-        view = self._view(index, self.random_flip and draws.flip(seed, position))
+        return self.sample(self.plan.index(position), position)
+
+    def sample(self, index: int, position: int) -> Batch:
+        """The picture at `index` with what is drawn for a position of the run, as a batch of one.
+
+        Raises:
+            DataError: the picture has changed or gone since it was checked.
+            DiskError: the cache has.
+        """
+        seed = self.seed
+        view = self.view(index, self.random_flip and draws.flip(seed, position))
         crop = None if self.center_crop else draws.crop(seed, position)
         moments = pixel_values = None
-        if self.vae_weights is not None:
+        if self.cache_latents:
             moments = self.cache[view.key(self.vae_weights)].unsqueeze(0)
         else:
             pixel_values = view.pixel_values(crop).unsqueeze(0)
-        caption = self.caption_of(position)
+        caption = self.caption(index, position)
         height, width = view.geometry.size
         shape = (self.latent_channels, height // self.pixels_per_latent, width // self.pixels_per_latent)
         noise = draws.noise(seed, position, shape)

@@ -5,6 +5,7 @@ Option names are those of diffusers' training scripts where the meaning is the s
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from minisd.errors import UsageError
 DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 DEFAULT_OUTPUT = Path("output")
 DEFAULT_STEPS = 2000
+MAX_SPLIT = 0.5  # of --validation-split: most pictures are there to be trained on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +28,7 @@ class TrainConfig:
     """Folder of pictures with captions: DATA/train/metadata.csv with columns file_name,text (or metadata.jsonl, or a
     .txt file beside each picture, one caption a line)."""
     output: Path = DEFAULT_OUTPUT
-    """Folder for lora.safetensors, metrics.jsonl, config.json, run_status.json, checkpoints/ and samples/."""
+    """Folder for lora.safetensors, report.html, metrics.jsonl, config.json, run_status.json, checkpoints/, samples/."""
     model: str = DEFAULT_MODEL
     """Base model: a repo id on the Hub, a folder in diffusers layout, a single .safetensors file, or "pocket", the
     small model in this folder."""
@@ -125,15 +127,34 @@ class TrainConfig:
     validation_prompts: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Draw this prompt before training, along the run and at its end; may be given several times."""
     validation_steps: int = 250
-    """Draw the validation prompts every this many steps."""
+    """Draw the validation prompts, and measure the validation loss, every this many steps."""
     validation_num_images: int = 1
     """Pictures of each validation prompt, from seed, seed + 1 ..."""
     validation_inference_steps: int = 25
     """Sampler steps of a validation picture."""
     validation_guidance_scale: float = 7.5
     """Guidance of a validation picture."""
+    validation_data: Path | None = None
+    """Folder of captioned pictures, like DATA, that are not trained on: along the run, the loss on some of them and on
+    some training pictures is compared with the base model's."""
+    validation_split: float = 0.0
+    """Hold about this share of DATA back for that, instead of --validation-data; which pictures follows from their
+    content and the seed."""
     report_to: Literal["auto", "tensorboard", "wandb", "none"] = "auto"
     """Where curves and pictures are shown, beside metrics.jsonl; auto is TensorBoard if it is installed."""
+    report: bool = True
+    """Write OUTPUT/report.html at the end: recipe, data, curves and pictures on one page."""
+
+    push_to_hub: bool = False
+    """At the end, publish the LoRA with a model card and sample pictures on the Hugging Face Hub. Needs --hub-model-id
+    and a token of yours (hf auth login, or HF_TOKEN in the environment)."""
+    hub_model_id: str | None = None
+    """The repository to publish to, USER/NAME. It is made when the run starts, if it is not there."""
+    hub_private_repo: bool = False
+    """If the repository is made, only you can see it."""
+    hub_license: str | None = None
+    """Licence on the model card, in the Hub's spelling: openrail++, cc-by-4.0 ... If not given, that of the base's
+    family: creativeml-openrail-m for SD 1.x, openrail++ for SD 2.x and XL."""
 
     preflight: bool = False
     """Do not train: try three steps, a picture, a save and a reload, and say what the run will need."""
@@ -149,6 +170,14 @@ class TrainConfig:
             raise UsageError("--max-train-steps and --num-train-epochs exclude each other. Leave one out.")
         if self.gradient_accumulation_steps is not None and self.global_batch_size is not None:
             raise UsageError("--gradient-accumulation-steps and --global-batch-size exclude each other. Leave one out.")
+        if self.validation_data is not None and self.validation_split:
+            raise UsageError("--validation-data and --validation-split exclude each other. Leave one out.")
+        if self.push_to_hub != (self.hub_model_id is not None):
+            raise UsageError("--push-to-hub and --hub-model-id USER/NAME go together. Give both, or none.")
+        if not self.push_to_hub and (self.hub_private_repo or self.hub_license is not None):
+            raise UsageError("--hub-private-repo and --hub-license are for --push-to-hub. Leave them out, or add it.")
+        if self.hub_model_id is not None:
+            check_hub_model_id(self.hub_model_id)
         if self.cache_latents and not self.center_crop:
             raise UsageError(
                 "--no-center-crop: random crops cannot be cached. Add --no-cache-latents, or leave it out."
@@ -170,6 +199,8 @@ class TrainConfig:
         check("validation_guidance_scale", guidance, 0 <= guidance < 1000, "a number from 0 to 1000")
         for name in ("lora_dropout", "caption_dropout"):
             check(name, getattr(self, name), 0 <= getattr(self, name) < 1, "a share from 0 up to, not including, 1")
+        split = self.validation_split
+        check("validation_split", split, 0 <= split <= MAX_SPLIT, f"a share from 0 to {MAX_SPLIT}, such as 0.1")
         for name in ("lr_warmup_steps", "weight_decay", "max_grad_norm", "dataloader_num_workers", "seed"):
             check(name, getattr(self, name), 0 <= getattr(self, name) < 2**63, "0 or more")
         check("checkpoints_total_limit", self.checkpoints_total_limit, self.checkpoints_total_limit >= 2,
@@ -210,3 +241,11 @@ def check(name: str, value: Any, ok: bool, wanted: str) -> None:
     """Refuse the value of an option. Raises UsageError if it is not `ok`."""
     if not ok:
         raise UsageError(f"--{name.replace('_', '-')} {value}: expected {wanted}.")
+
+
+def check_hub_model_id(name: str) -> None:
+    """Refuse what cannot be the name of a repository of one's own on the Hub. Raises UsageError."""
+    # The Hub's rule: letters, digits, "-", "_", "."; none of "-" and "." at an end, nor "--" and ".."; at most 96.
+    well_formed = re.fullmatch(r"[A-Za-z0-9][\w.-]*/\w(?:[\w.-]*\w)?", name, re.ASCII)
+    if not well_formed or "--" in name or ".." in name or name.endswith(".git") or len(name) > 96:
+        raise UsageError(f"--hub-model-id {name}: expected USER/NAME, of letters, digits, '-', '_' and '.'.")

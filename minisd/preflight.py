@@ -58,6 +58,11 @@ def preflight(config: TrainConfig, dist: Distributed, train: Callable[[TrainConf
         validation_inference_steps=2,
         resume_from_checkpoint="never",
         report_to="none",
+        report=False,
+        push_to_hub=False,
+        hub_model_id=None,
+        hub_private_repo=False,
+        hub_license=None,
     )
     if dist.is_main:
         shutil.rmtree(folder, ignore_errors=True)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -12,10 +11,9 @@ from torch import nn
 
 from minisd.buckets import Geometry, bucket_geometry, default_step, square_geometry
 from minisd.config import TrainConfig
-from minisd.data import Example, Survey, read_dataset, survey, with_trigger
 from minisd.ddpm import NoiseSchedule
-from minisd.distributed import Distributed, gather_shares
 from minisd.errors import DataError, UsageError
+from minisd.held_out import Pictures
 from minisd.lora import TARGETS, copy_lora_weights, inject_lora, lora_weights
 from minisd.lora_info import LoRAInfo, base_model_version
 from minisd.lora_reader import load_lora
@@ -30,23 +28,9 @@ log = logging.getLogger(__name__)
 _NOT_IN_RECIPE = {"data", "output", "cache_dir", "debug", "resume_from_checkpoint", "allow_change", "init_lora",
                   "checkpointing_steps", "checkpoints_total_limit", "dataloader_num_workers", "cache_latents",
                   "validation_prompts", "validation_steps", "validation_num_images", "validation_inference_steps",
-                  "validation_guidance_scale", "report_to", "preflight", "dist_timeout", "trigger",
+                  "validation_guidance_scale", "validation_data", "report_to", "report", "push_to_hub", "hub_model_id",
+                  "hub_private_repo", "hub_license", "preflight", "dist_timeout", "trigger",
                   "lora_format"}  # fmt: skip
-
-
-def read_data(config: TrainConfig, dist: Distributed) -> tuple[list[Example], list[Survey]]:
-    """The pictures and captions, trigger word included, and what is known of each; every process looks at a share.
-
-    Raises:
-        DataError: the dataset cannot be used.
-    """
-    examples = [
-        replace(example, captions=tuple(with_trigger(caption, config.trigger) for caption in example.captions))
-        for example in read_dataset(config.data)
-    ]
-    found = survey(examples[dist.rank :: dist.world_size], quiet=not dist.is_main)
-    gathered = gather_shares(dist, [[entry.sha256, *entry.size] for entry in found])
-    return examples, [Survey(sha256, (height, width)) for sha256, height, width in gathered]
 
 
 def add_adapter(config: TrainConfig, unet: nn.Module) -> list[str]:
@@ -121,15 +105,19 @@ def resolution_of(config: TrainConfig, model: StableDiffusion) -> int:
     return resolution
 
 
-def geometries_of(
-    config: TrainConfig, examples: Sequence[Example], surveys: Sequence[Survey], resolution: int, pixels_per_latent: int
-) -> list[Geometry]:
-    """What is cut out of each picture. Raises DataError naming a picture that is too small for any bucket."""
+def geometries_of(config: TrainConfig, model: StableDiffusion, pictures: Pictures) -> list[Geometry]:
+    """What is cut out of each picture.
+
+    Raises:
+        DataError: a picture is too small for any bucket; names it.
+        UsageError: the VAE cannot halve the resolution often enough.
+    """
+    resolution = resolution_of(config, model)
     if not config.buckets:
-        return [square_geometry(found.size, resolution) for found in surveys]
-    step = config.bucket_step or default_step(resolution, pixels_per_latent)
+        return [square_geometry(found.size, resolution) for found in pictures.surveys]
+    step = config.bucket_step or default_step(resolution, model.vae.pixels_per_latent)
     geometries = []
-    for example, found in zip(examples, surveys, strict=True):
+    for example, found in zip(pictures.examples, pictures.surveys, strict=True):
         try:
             geometries.append(bucket_geometry(found.size, resolution, step, upscale=config.upscale))
         except DataError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,9 @@ from minisd.checkpoint import (
 )
 from minisd.command_line import as_json
 from minisd.config import TrainConfig
-from minisd.data import Example, Survey
 from minisd.distributed import Distributed, gather, wait_for_all
 from minisd.errors import CheckpointError, DiskError, NonFiniteError, UsageError
+from minisd.held_out import Pictures
 from minisd.lora import copy_lora_weights, lora_parameters, lora_weights
 from minisd.lora_info import LoRAInfo
 from minisd.lora_reader import load_lora
@@ -44,11 +44,13 @@ _FREE = {"data", "output", "revision", "variant", "cache_dir", "cache_latents", 
          "gradient_accumulation_steps", "global_batch_size", "num_train_epochs", "max_train_steps", "alpha",
          "dataloader_num_workers", "gradient_checkpointing", "checkpointing_steps", "checkpoints_total_limit",
          "resume_from_checkpoint", "allow_change", "validation_prompts", "validation_steps", "validation_num_images",
-         "validation_inference_steps", "validation_guidance_scale", "report_to", "preflight", "dist_timeout", "model",
+         "validation_inference_steps", "validation_guidance_scale", "validation_data", "report_to", "report",
+         "push_to_hub", "hub_model_id", "hub_private_repo", "hub_license", "preflight", "dist_timeout", "model",
          "init_lora", "lora_format"}  # fmt: skip
 # What a run leaves in OUTPUT, beside the cache, which any run may use.
 _WRITTEN = ("checkpoints", "metrics.jsonl", "config.json", "lora.safetensors", "samples", "tensorboard",
-            "wandb_run_id", "bad_batch.json", "pictures.csv")  # fmt: skip
+            "wandb_run_id", "bad_batch.json", "pictures.csv", "validation.jsonl", "probe.json", "evaluation",
+            "report.html")  # fmt: skip
 _LARGEST_WEIGHT = 1e4  # beyond it a LoRA is of no use, and float16 is near its end
 
 
@@ -65,8 +67,7 @@ class Progress:
 
 def describe_run(
     config: TrainConfig,
-    examples: Sequence[Example],
-    surveys: Sequence[Survey],
+    pictures: Pictures,
     *,
     resolution: int,
     images_per_step: int,
@@ -77,21 +78,21 @@ def describe_run(
 
     Args:
         config: the options.
-        examples: pictures and captions.
-        surveys: the pictures' hashes.
+        pictures: that are trained on.
         resolution: the model's own if the option is not given.
         images_per_step: pictures in a step.
         steps: length of the run.
         weights: network -> weights.weights_id of it.
     """
     digest = hashlib.sha256()
-    for example, survey in zip(examples, surveys, strict=True):
+    for example, survey in zip(pictures.examples, pictures.surveys, strict=True):
         digest.update(json.dumps([example.path.name, survey.sha256, example.captions]).encode())
     options = {name: value for name, value in asdict(config).items() if name not in _FREE}
     return {
         **options,
         "resolution": resolution,
         "alpha": config.scale_alpha,
+        "validation_split": config.validation_split or None,  # as a checkpoint from before there was this option
         "init_lora": init_lora_sha256(config),
         "images_per_step": images_per_step,
         "max_train_steps": steps,
@@ -118,10 +119,10 @@ def checkpoint_to_resume(config: TrainConfig) -> Path | None:
 
 def set_aside(output: Path) -> None:
     """Move an earlier run's files in `output` to output/old-N, so that a new run neither mixes nor destroys them."""
-    ours = [output / name for name in _WRITTEN]
-    present = [path for path in ours if path.exists()]
+    present = [path for name in _WRITTEN if (path := output / name).exists()]
     if not present:
         return
+    present += [card for card in [output / "README.md"] if card.exists()]  # alone it may be the user's own
     number = 1
     while (output / f"old-{number}").exists():
         number += 1
@@ -229,7 +230,8 @@ def start_or_resume(config: TrainConfig, dist: Distributed, state: TrainingState
         if checkpoint is None:
             set_aside(config.output)
         else:
-            rewind_metrics(config.output / "metrics.jsonl", state.progress.step)
+            for name in ("metrics.jsonl", "validation.jsonl"):
+                rewind_metrics(config.output / name, state.progress.step)
         write_if_new(config.output / "config.json", as_json(config).encode())
 
 
@@ -255,7 +257,9 @@ def _compare(checkpoint: Path, saved: Mapping[str, Any], now: Mapping[str, Any],
 
 
 def rewind_metrics(path: Path, step: int) -> None:
-    """Drop the lines of metrics.jsonl after `step`: a run that was killed had gone on past its last checkpoint."""
+    """Drop the lines of metrics.jsonl, or validation.jsonl, after `step`: a run that was killed had gone on past its
+    last checkpoint.
+    """
     if not path.exists():
         return
     kept = []

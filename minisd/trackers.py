@@ -1,7 +1,7 @@
-"""What a run tells the world: metrics.jsonl, and what is drawn from it in TensorBoard or Weights & Biases.
+"""What a run tells the world: metrics.jsonl, validation.jsonl, and curves in TensorBoard or Weights & Biases.
 
-metrics.jsonl is the authority: it is rewound when a run resumes, and a line that cannot be written ends the run. The
-others are for looking at while it runs: one that fails is given up with a warning.
+The two files are the authority: they are rewound when a run resumes, and a line that cannot be written ends the run.
+The others are for looking at while it runs: one that fails is given up with a warning.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TypedDict
 
 import numpy as np
 import torch
@@ -26,6 +26,13 @@ from minisd.errors import DiskError, UsageError, one_line
 log = logging.getLogger(__name__)
 
 AVERAGE_WEIGHT = 0.98  # of what came before, in the average of the loss: it looks back over about fifty steps
+
+
+class Ratio(TypedDict):
+    """Loss on some pictures to the base model's: the mean of the bands, and each band of diffusion times."""
+
+    ratio: float
+    bands: list[float]
 
 
 class MetricsLog:
@@ -42,7 +49,7 @@ class MetricsLog:
 
     def __init__(self, output: Path, report_to: str, config: Mapping[str, Any]) -> None:
         check_report_to(report_to)
-        self._path = output / "metrics.jsonl"
+        self._output, self._path = output, output / "metrics.jsonl"
         self._average = LossAverage()
         last_step = -1
         for line in self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []:
@@ -66,14 +73,20 @@ class MetricsLog:
             DiskError: metrics.jsonl cannot be written.
         """
         line = {**values, "loss_average": self._average.add(values["loss"]), "memory_gb": _memory_gb()}
-        try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **line}) + "\n")
-        except OSError as error:
-            free = "Free some space or choose another --output"
-            raise DiskError(f"{self._path}: cannot be written: {error.strerror}. {free}.") from error
-        if self._tracker is not None:
-            self._attempt(self._tracker.values, step, line)
+        _add_line(self._path, {"step": step, **line})
+        self._show(step, {f"train/{name}": value for name, value in line.items()})
+
+    def validation(self, step: int, ratios: Mapping[str, Ratio]) -> None:
+        """Add a line to validation.jsonl: of each set of pictures, its loss after `step` updates to the base's.
+
+        Raises:
+            DiskError: it cannot be written.
+        """
+        _add_line(self._output / "validation.jsonl", {"step": step, **ratios})
+        values = {f"validation/{name}_ratio": ratio["ratio"] for name, ratio in ratios.items()}
+        for name, ratio in ratios.items():
+            values |= {f"validation/{name}_band_{band}": value for band, value in enumerate(ratio["bands"])}
+        self._show(step, values)
 
     def picture(self, step: int, name: str, image: Image.Image | Path) -> None:
         """Show a picture under a name, which stays the same from step to step."""
@@ -92,6 +105,10 @@ class MetricsLog:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close(failed=kind is not None)
 
+    def _show(self, step: int, values: Mapping[str, float]) -> None:
+        if self._tracker is not None:
+            self._attempt(self._tracker.values, step, values)
+
     def _attempt(self, call: Callable[..., Any], *arguments: Any) -> Any:
         """Call a tracker. Whatever goes wrong there (network, a full disk, its own faults) must not end the run."""
         try:
@@ -101,6 +118,16 @@ class MetricsLog:
             why = one_line(f"{type(error).__name__}: {error}")
             log.warning("the tracker is given up (%s); the run goes on, and %s has everything", why, self._path)
             return None
+
+
+def _add_line(path: Path, values: Mapping[str, Any]) -> None:
+    """Add a line of JSON to a file. Raises DiskError."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+    except OSError as error:
+        free = "Free some space or choose another --output"
+        raise DiskError(f"{path}: cannot be written: {error.strerror}. {free}.") from error
 
 
 class LossAverage:
@@ -154,7 +181,7 @@ class _TensorBoard:
 
     def values(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
-            self._writer.add_scalar(f"train/{name}", value, step)
+            self._writer.add_scalar(name, value, step)
 
     def picture(self, step: int, name: str, image: Image.Image | Path) -> None:
         picture = image if isinstance(image, Image.Image) else Image.open(image)
@@ -181,7 +208,7 @@ class _WandB:
     def values(self, step: int, values: Mapping[str, float]) -> None:
         # After a kill, steps come again that wandb has and would refuse one by one; their values are the same.
         if step >= self._run.step:
-            self._run.log({f"train/{name}": value for name, value in values.items()}, step=step)
+            self._run.log(dict(values), step=step)
 
     def picture(self, step: int, name: str, image: Image.Image | Path) -> None:
         if step >= self._run.step:

@@ -92,6 +92,25 @@ def snr_weights(snr: Tensor, gamma: float, prediction_type: PredictionType) -> T
     return limited / (snr + 1) if prediction_type == "v_prediction" else limited
 
 
+def prediction_and_target(
+    unet: Callable[..., Tensor],
+    schedule: NoiseSchedule,
+    latents: Tensor,
+    noise: Tensor,
+    timesteps: Tensor,
+    conditioning: Sequence[Tensor],
+    *,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """What the network makes of noisy latents, and what it should have made: two tensors [B, 4, h, w] float32.
+
+    The arguments are those of `diffusion_loss`.
+    """
+    noisy_latents = schedule.add_noise(latents, noise, timesteps)
+    model_pred = unet(noisy_latents.to(dtype), timesteps, *conditioning)
+    return model_pred.float(), schedule.target(latents, noise, timesteps)
+
+
 def diffusion_loss(
     unet: Callable[..., Tensor],
     schedule: NoiseSchedule,
@@ -118,12 +137,10 @@ def diffusion_loss(
     Returns:
         A float32 scalar.
     """
-    noisy_latents = schedule.add_noise(latents, noise, timesteps)
-    model_pred = unet(noisy_latents.to(dtype), timesteps, *conditioning)
-    target = schedule.target(latents, noise, timesteps)
+    model_pred, target = prediction_and_target(unet, schedule, latents, noise, timesteps, conditioning, dtype=dtype)
     if snr_gamma is None:
-        return F.mse_loss(model_pred.float(), target)
-    losses = F.mse_loss(model_pred.float(), target, reduction="none").mean(dim=(1, 2, 3))  # [B]
+        return F.mse_loss(model_pred, target)
+    losses = F.mse_loss(model_pred, target, reduction="none").mean(dim=(1, 2, 3))  # [B]
     return (losses * snr_weights(schedule.snr(timesteps), snr_gamma, schedule.config.prediction_type)).mean()
 
 

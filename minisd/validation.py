@@ -1,7 +1,11 @@
-"""Pictures drawn along a run, by the function that sample.py draws with: same prompt, seed, precision: same pixels."""
+"""How a run is looked at along the way: pictures of the validation prompts, and the validation loss.
+
+The pictures come from the function that sample.py draws with: same prompt, seed, precision: same pixels.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,16 +15,54 @@ import torch
 from minisd.a1111_text import parameters_text
 from minisd.config import TrainConfig
 from minisd.data import with_trigger
-from minisd.distributed import Distributed, wait_for_all
+from minisd.distributed import Distributed, gather, wait_for_all
 from minisd.images import save_png, to_pil
 from minisd.interruptions import StopRequest
+from minisd.run import Run
 from minisd.sampling import SamplingSettings, decode, denoise, native_size
+from minisd.trackers import MetricsLog
+from minisd.validation_loss import is_measured, measure
 from minisd.weights import StableDiffusion
+
+log = logging.getLogger(__name__)
 
 
 def is_due(config: TrainConfig, step: int, max_train_steps: int) -> bool:
-    """Whether pictures are drawn after `step` updates: at 0, every --validation-steps, and at the end."""
-    return bool(config.validation_prompts) and (step % config.validation_steps == 0 or step == max_train_steps)
+    """Whether a run is looked at after `step` updates: at 0, every --validation-steps, and at the end."""
+    return step % config.validation_steps == 0 or step == max_train_steps
+
+
+def validate(
+    config: TrainConfig, dist: Distributed, run: Run, metrics: MetricsLog | None, stop: StopRequest, *, resumed: bool
+) -> bool:
+    """Draw the validation prompts and measure the validation loss, each if the run has it.
+
+    Args:
+        config: the options.
+        dist: this process among the others.
+        run: between two steps.
+        metrics: told of both; on the main rank only.
+        stop: both break off when it is requested.
+        resumed: the run has just come back to this step: what is there already is kept.
+
+    Returns:
+        Whether all is well. False: measuring broke off, on every rank.
+    """
+    step = run.state.progress.step
+    for path in draw_validation(config, dist, run.model, step, stop, keep=resumed):
+        if metrics is not None:
+            metrics.picture(step, path.stem, path)
+    if run.probe is None or (resumed and gather(dist, is_measured(config.output, step))[0]):
+        return True
+    ratios = measure(run.probe, run.model, dist, stop)
+    if ratios is None:
+        return False
+    if metrics is not None:
+        metrics.validation(step, ratios)
+    train, held_out = ratios["train"]["ratio"], ratios["held_out"]["ratio"]
+    text = "validation at step %d: %.2f of the base's loss on training pictures, %.2f on held-out ones"
+    log.info(text, step, train, held_out)
+    return True
 
 
 def validation_settings(config: TrainConfig, model: StableDiffusion) -> SamplingSettings:
@@ -48,12 +90,14 @@ def draw_validation(
         keep: leave pictures alone that are there already.
 
     Returns:
-        The paths of all pictures that are there, in order.
+        The paths of all pictures that are there, in order; none without prompts.
 
     Raises:
         NonFiniteError: a picture is not finite.
         DiskError: it cannot be written.
     """
+    if not config.validation_prompts:
+        return []
     folder = config.output / "samples" / f"step-{step:06d}"
     prompts = [with_trigger(prompt, config.trigger) for prompt in config.validation_prompts]
     pictures = [

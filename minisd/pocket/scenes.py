@@ -6,6 +6,7 @@ the rounding to whole cells that keeps eight-bit edges clean.
 """
 
 import random
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -39,8 +40,8 @@ from minisd.pocket.subjects import (
 )
 
 __all__ = [
-    "COLOURS", "SIZE", "STYLES", "SUBJECTS", "TIMES", "Scene", "blockiness", "caption", "draw", "scene_at",
-    "subject_colour", "time_of_day",
+    "COLOURS", "SIZE", "STYLES", "SUBJECTS", "TIMES", "Scene", "blockiness", "caption", "draw", "named_in",
+    "scene_at", "subject_colour", "time_of_day",
 ]  # fmt: skip
 
 RGB = tuple[int, int, int]
@@ -97,6 +98,13 @@ def caption(scene: Scene) -> str:
     """The scene in words, e.g. "illustration of an orange car by day"."""
     article = "an" if scene.colour[0] in "aeiou" else "a"
     return f"illustration of {article} {scene.colour} {scene.subject} {_PHRASE[scene.time]}"
+
+
+def named_in(text: str) -> tuple[str | None, str | None]:
+    """The colour and the time of day that a caption names; None where it names none, or several."""
+    colours = set(re.findall(r"[a-z]+", text.lower())) & set(COLOURS)
+    times = {time for time, phrase in _PHRASE.items() if phrase in text.lower()}
+    return colours.pop() if len(colours) == 1 else None, times.pop() if len(times) == 1 else None
 
 
 def scene_at(index: int, seed: int) -> Scene:

@@ -13,11 +13,12 @@ from tqdm import tqdm
 
 from minisd.atomic import write_atomically
 from minisd.errors import DataError, one_line
+from minisd.html_page import data_uri
 from minisd.picture_files import MAX_ASPECT, PictureError, open_regular
 from minisd.prepare.examine import examine, preview
 from minisd.prepare.guarded import GuardedPool
 from minisd.prepare.options import Report, Rules
-from minisd.prepare.report_page import View, data_uri, relative_address, render
+from minisd.prepare.report_page import View, relative_address, render
 from minisd.prepare.table import DROPPED, Picture, dropped_path, picture_path, read_pictures, read_rejected, table_path
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ def report(options: Report) -> Path:
         if picture.status == DROPPED:
             return thumbnails.get(picture.file_name, "")
         jpeg = saved_preview(data, picture)
-        return data_uri(jpeg) if jpeg else ""
+        return data_uri(jpeg, "jpeg") if jpeg else ""
 
     view = View(
         title=title_of(data, pictures),
@@ -81,7 +82,7 @@ def _thumbnails(data: Path, pictures: Sequence[Picture], pool: GuardedPool) -> d
         if isinstance(jpeg, PictureError):
             log.warning("%r is shown without its picture: %s", name, jpeg.reason)
         else:
-            thumbnails[name] = data_uri(jpeg)
+            thumbnails[name] = data_uri(jpeg, "jpeg")
     return thumbnails
 
 

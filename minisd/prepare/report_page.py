@@ -1,21 +1,17 @@
 """The report as an HTML page: what report.py writes into a file, and serve.py shows with captions to edit.
 
-One page with its style and script inside. Everything from outside is escaped by the template, and should something get
-through all the same, the page's own policy (Content-Security-Policy) lets no other script run and nothing be fetched.
+One page with its style and script inside; what it may do is in html_page.py.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from urllib.parse import quote
 
-import jinja2
-
+from minisd import html_page
 from minisd.errors import one_line
 from minisd.prepare import report_data
 from minisd.prepare.caption_lint import count_tokens
@@ -71,13 +67,13 @@ def render(pictures: Sequence[Picture], rejected: Sequence[Picture], view: View)
     left_out = [report_data.make_left_out(row, by_name, thumbnail=thumbnail(row)) for row in rejected]
     script, style = (_HERE.joinpath(f"report.{kind}").read_text(encoding="ascii") for kind in ("js", "css"))
     return (
-        _environment()
+        html_page.environment(_HERE)
         .get_template("report.html.jinja")
         .render(
             title=one_line(view.title)[:120],
             summary=summary(len(pictures), rejected, None),
             written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
-            policy=_policy(script, style, editable=view.editable),
+            policy=html_page.policy(script, style, own_server=view.editable),
             script=script,
             style=style,
             cards=cards,
@@ -97,34 +93,6 @@ def render(pictures: Sequence[Picture], rejected: Sequence[Picture], view: View)
     )
 
 
-def data_uri(jpeg: bytes) -> str:
-    """The bytes of a JPEG file as an address that holds them."""
-    return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode("ascii")
-
-
 def relative_address(path: str) -> str:
     """A path below the page as an address: nothing in it can be taken for a scheme or another host."""
     return "./" + quote(path.encode("utf-8", "surrogateescape"))
-
-
-def _environment() -> jinja2.Environment:
-    return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_HERE),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-
-
-def _policy(script: str, style: str, *, editable: bool) -> str:
-    """The page's Content-Security-Policy: this script and this style, pictures in the page (or of this server)."""
-    script_hash, style_hash = (
-        base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii") for text in (script, style)
-    )
-    own = "'self' " if editable else ""
-    return (
-        f"default-src 'none'; script-src 'sha256-{script_hash}'; style-src 'sha256-{style_hash}'; "
-        f"img-src {own}data:; {'connect-src ' + own.strip() + '; ' if editable else ''}base-uri 'none'; "
-        "form-action 'none'"
-    )

@@ -13,8 +13,13 @@ import train
 from minisd import validation
 from minisd.errors import CheckpointError
 from minisd.interruptions import StopRequest
+from minisd.lora_reader import add_lora_to, load_lora
+from minisd.pocket import scenes
 from minisd.preflight import preflight
+from minisd.run import probe_of
+from minisd.run_setup import base_model
 from minisd.sample_config import SampleConfig
+from minisd.validation_loss import measure
 from tests.e2e.running import ALONE, config_for, metrics_of, options_of, state_of, torchrun
 from tests.tiny import write_tiny_model
 
@@ -73,10 +78,25 @@ def test_drawing_does_not_touch_the_run(run, tmp_path):
     assert state_of(tmp_path, 3) == state_of(run.output, 3)
 
 
-def test_two_processes_share_the_drawing_and_draw_the_same(run, tmp_path):
-    config = replace(run, output=tmp_path, gradient_accumulation_steps=1, cache_dir=run.cache_folder)
+def test_two_processes_share_the_drawing_and_the_measuring_and_come_to_the_same(run, tmp_path):
+    """Pictures, and the validation loss: what two have measured of a LoRA, one measures of it, to the bit."""
+    held_out = tmp_path / "held-out"
+    held_out.mkdir()
+    for i in range(20, 25):
+        scenes.draw(scenes.scene_at(i, 0), "8bit").save(held_out / f"{i}.png")
+        (held_out / f"{i}.txt").write_text(f"the cat {i}")
+    config = replace(
+        run, output=tmp_path, gradient_accumulation_steps=1, cache_dir=run.cache_folder, validation_data=held_out
+    )
     done = torchrun("train.py", *options_of(config), processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
+    model = base_model(config, ALONE.device)
+    probe = probe_of(replace(config, output=tmp_path / "alone"), ALONE, model)  # no probe.json there
+    assert probe.as_json() == (tmp_path / "probe.json").read_text()
+    add_lora_to({"unet": model.unet}, load_lora(tmp_path / "lora.safetensors", {"unet": model.unet}), name="style")
+    *_, last = (json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines())
+    assert last == {"step": 3} | measure(probe, model, ALONE, StopRequest())
+    assert last["train"]["ratio"] != 1
     for step in ("step-000000", "step-000003"):
         for path in (run.output / "samples" / step).iterdir():
             # Other sums over the ranks, other last bits in the weights.

@@ -62,7 +62,8 @@ def make(tmp_path: Path, vae: AutoencoderKL, text_encoder: TextEncoder) -> Make:
             TrainingPlan(geometries, 4, SEED),
             cache,
             text_weights="text",
-            vae_weights="vae" if cached else None,
+            vae_weights="vae",
+            cache_latents=cached,
             **{**settings, "noise_offset": 0.0, **options},  # type: ignore[arg-type]
             seed=SEED,
             latent_channels=4,
@@ -320,8 +321,8 @@ cache.add(caption_key("x", "text"), torch.zeros(3, 4))
 cache.flush()
 samples = TrainingSamples(
     examples, surveys, geometries, TrainingPlan(geometries, 4, 0), cache,
-    text_weights="text", vae_weights=None, center_crop=True, random_flip=False, caption_dropout=0.0, noise_offset=0.0,
-    seed=0, latent_channels=4, pixels_per_latent=8, num_train_timesteps=1000, is_xl=False,
+    text_weights="text", vae_weights="", cache_latents=False, center_crop=True, random_flip=False, caption_dropout=0.0,
+    noise_offset=0.0, seed=0, latent_channels=4, pixels_per_latent=8, num_train_timesteps=1000, is_xl=False,
 )
 micro_batches = MicroBatches(0, 20, 0, 1, 1, 4)
 batches = training_batches(samples, micro_batches, num_workers=1, pin_memory=False)

@@ -74,6 +74,34 @@ def test_tensorboard_has_the_values_and_the_pictures(tmp_path):
     assert [(image.step, image.width, image.height) for image in images] == [(0, 6, 4), (3, 6, 4)]
 
 
+RATIOS = {
+    "train": {"ratio": 0.9, "bands": [0.99, 0.95, 0.9, 0.76]},
+    "held_out": {"ratio": 1.0, "bands": [1.01, 1.0, 1.0, 0.99]},
+}
+
+
+def test_the_validation_loss_has_a_file_and_curves_of_its_own(tmp_path):
+    metrics = MetricsLog(tmp_path, "tensorboard", {})
+    for step in (0, 2):
+        metrics.validation(step, RATIOS)
+        log_steps(metrics, step + 1, step + 2)
+    metrics.close()
+    lines = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
+    assert lines == [{"step": step, **RATIOS} for step in (0, 2)]
+    assert len(lines_of(tmp_path)) == 4
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    wanted = {f"{name}_ratio": RATIOS[name]["ratio"] for name in RATIOS}
+    wanted |= {f"{name}_band_{i}": RATIOS[name]["bands"][i] for name in RATIOS for i in range(4)}
+    assert {tag for tag in events.Tags()["scalars"] if tag.startswith("v")} == {f"validation/{name}" for name in wanted}
+    for name, value in wanted.items():
+        found = [(event.step, event.value) for event in events.Scalars(f"validation/{name}")]
+        assert found == [(0, pytest.approx(value)), (2, pytest.approx(value))]
+    (tmp_path / "validation.jsonl").unlink()
+    (tmp_path / "validation.jsonl").symlink_to("/dev/full")
+    with pytest.raises(DiskError, match=r"validation\.jsonl: cannot be written: No space left"):
+        MetricsLog(tmp_path, "none", {}).validation(4, RATIOS)
+
+
 def test_a_resumed_run_logs_what_an_uninterrupted_one_does(tmp_path, monkeypatch):
     """Killed at step 9, resumed at 6, killed at 8, resumed at 7: every step once, with the same average."""
     whole, halted = tmp_path / "whole", tmp_path / "halted"

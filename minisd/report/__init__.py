@@ -1,0 +1,1 @@
+"""A training run as one page, OUTPUT/report.html: python -m minisd.report --run OUTPUT."""
