@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STEPS ?= 600
 
-.PHONY: demo test soak lint format pretrain
+.PHONY: demo test soak mutants lint format pretrain
 
 # The stamps say which requirements a virtual environment was made from: a changed file installs again.
 $(VENV)/run: requirements.txt
@@ -26,6 +26,10 @@ test: $(VENV)/dev
 # The fault tests at the size for a night: hours.
 soak: $(VENV)/dev
 	MINISD_SOAK=nightly $(BIN)/python -m pytest tests/faults tests/e2e/test_resume.py tests/e2e/test_signals.py
+
+# Whether the tests notice when the code is wrong: a few minutes; writes the table of docs/testing.md.
+mutants: $(VENV)/dev
+	$(BIN)/python -m tests.mutants
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

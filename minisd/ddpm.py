@@ -143,7 +143,10 @@ def make_betas(config: NoiseScheduleConfig) -> Tensor:
 
 
 def zero_terminal_snr(betas: Tensor) -> Tensor:
-    """Shift and scale sqrt(abar) so that it ends at exactly 0 and starts where it was (arXiv:2305.08891, alg. 1)."""
+    """Shift and scale sqrt(abar) so that it ends at exactly 0 and starts where it was (arXiv:2305.08891, alg. 1).
+
+    Betas [T] -> betas [T]. The last one is 1.
+    """
     root = torch.cumprod(1.0 - betas, dim=0).sqrt()
     first, last = root[0].clone(), root[-1].clone()
     alphas_cumprod = ((root - last) * (first / (first - last))) ** 2
@@ -151,7 +154,17 @@ def zero_terminal_snr(betas: Tensor) -> Tensor:
 
 
 def original_from_output(output: Tensor, sample: Tensor, factors: Factors, prediction_type: PredictionType) -> Tensor:
-    """Solve sample = signal x_0 + spread eps for x_0, given the network's output and factors = (signal, spread)."""
+    """Solve sample = signal x_0 + spread eps for x_0, given what the network made of the sample.
+
+    Args:
+        output: of the network, [B, 4, h, w]: eps, v or x_0.
+        sample: x_t, [B, 4, h, w].
+        factors: (signal, spread), 0-d or [B, 1, 1, 1]; for eps the signal must not be 0.
+        prediction_type: which of the three the output is.
+
+    Returns:
+        [B, 4, h, w] in the dtype that torch promotes them to.
+    """
     signal, spread = factors
     if prediction_type == "epsilon":
         return (sample - spread * output) / signal
@@ -159,7 +172,10 @@ def original_from_output(output: Tensor, sample: Tensor, factors: Factors, predi
 
 
 def epsilon_from_output(output: Tensor, sample: Tensor, factors: Factors, prediction_type: PredictionType) -> Tensor:
-    """Solve the same equation for eps."""
+    """Solve the same equation for eps, with the arguments and the result of `original_from_output`.
+
+    It is the spread that must not be 0, for x_0.
+    """
     signal, spread = factors
     if prediction_type == "v_prediction":
         return signal * output + spread * sample

@@ -101,7 +101,7 @@ def sum_gradients(dist: Distributed, parameters: Iterable[torch.nn.Parameter]) -
 
 
 def sum_over_ranks(dist: Distributed, value: Tensor) -> Tensor:
-    """The sum of a small tensor over all ranks, on every rank; the argument is not changed."""
+    """The sum of a small tensor of any shape over all ranks, on every rank; the argument is not changed."""
     if dist.world_size == 1:
         return value
     total = value.clone()

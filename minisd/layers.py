@@ -32,7 +32,10 @@ def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
 
 
 class TimestepEmbedding(nn.Module):
-    """Two linear layers that turn the sinusoids into the signal the residual blocks receive."""
+    """Two linear layers that turn the sinusoids into the signal the residual blocks receive.
+
+    [B, in_channels] -> [B, time_embed_dim].
+    """
 
     def __init__(self, in_channels: int, time_embed_dim: int) -> None:
         super().__init__()
@@ -49,7 +52,7 @@ class ResnetBlock2D(nn.Module):
     Args:
         in_channels: C_in.
         out_channels: C_out.
-        temb_channels: width of the time embedding; None in the VAE, which knows no time.
+        temb_channels: width of the time embedding [B, temb_channels]; None in the VAE, which knows no time.
         groups: GroupNorm groups.
         eps: GroupNorm epsilon: 1e-5 in the UNet, 1e-6 in the VAE. No checkpoint key records it.
     """
@@ -92,7 +95,15 @@ def multi_head_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Attention of the UNet's tokens over themselves or over the prompt; LoRA goes into its four projections."""
+    """Attention of the UNet's tokens over themselves or over the prompt; LoRA goes into its four projections.
+
+    Tokens [B, N, query_dim] and context [B, S, context_dim] -> [B, N, query_dim].
+
+    Args:
+        query_dim: width of the tokens, a multiple of `heads`.
+        context_dim: width of what is attended to.
+        heads: h.
+    """
 
     def __init__(self, query_dim: int, context_dim: int, heads: int) -> None:
         super().__init__()
@@ -108,9 +119,12 @@ class Attention(nn.Module):
 
 
 class Downsample2D(nn.Module):
-    """Halve the resolution by a strided convolution; odd sizes round up in the UNet (symmetric padding).
+    """Halve the resolution by a strided convolution: [B, C, H, W] -> [B, C, H / 2, W / 2].
 
-    The VAE's encoder pads on the right and below only: the published weights were trained with that shift.
+    Args:
+        channels: C.
+        symmetric: pad on all sides, as the UNet does, where odd sizes round up. The VAE's encoder pads on the right
+            and below only, and they round down: the published weights were trained with that shift.
     """
 
     def __init__(self, channels: int, *, symmetric: bool) -> None:
@@ -123,7 +137,7 @@ class Downsample2D(nn.Module):
 
 
 class Upsample2D(nn.Module):
-    """Enlarge to twice the size, or to the given (H, W), by nearest neighbours and a convolution."""
+    """Enlarge by nearest neighbours and a convolution: [B, C, H, W] -> [B, C, 2 H, 2 W], or to the size given."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

@@ -45,7 +45,7 @@ _FAMILIES: Mapping[int | str | None, Family] = {768: "sd1", 1024: "sd2", 2048: "
 
 
 def convert(options: Convert) -> None:
-    """Write a LoRA file in another layout."""
+    """Write a LoRA file in another layout. Raises UsageError, WeightsError, NetworkError or DiskError."""
     _check_suffix(options.output)
     _check_free(options.output, overwrite=options.overwrite)
     networks = _networks_for(options.file, options.model, variant=options.variant)
@@ -54,7 +54,7 @@ def convert(options: Convert) -> None:
 
 
 def merge(options: Merge) -> None:
-    """Add up LoRA files, into one or into a model."""
+    """Add up LoRA files, into one or into a model. Raises UsageError, WeightsError, NetworkError or DiskError."""
     asked = [with_strength(text) for text in options.files]
     scaled = [(path, 1.0 if strength is None else strength) for path, strength in asked]
     if not scaled:
@@ -87,7 +87,7 @@ def merge(options: Merge) -> None:
 
 
 def resize_file(options: Resize) -> None:
-    """Bring a LoRA file to a lower rank."""
+    """Bring a LoRA file to a lower rank. Raises UsageError, WeightsError, NetworkError or DiskError."""
     _check_rank(options.rank)
     _check_suffix(options.output)
     _check_free(options.output, overwrite=options.overwrite)
@@ -136,6 +136,7 @@ def _networks_for(
     Raises:
         UsageError: the file does not tell, and --model is not given.
         WeightsError: the file or the model cannot be read, or is of a kind that is not supported.
+        NetworkError: the model has to be downloaded, and cannot be.
     """
     if model is None:
         raw = read_raw(path)

@@ -148,7 +148,7 @@ class LoRALayer(nn.Module):
 
     @torch.no_grad()
     def changed_weight(self) -> Tensor:
-        """W + sum lora_scale (W' - W) over the active adapters, summed in float32 and rounded once.
+        """W + sum lora_scale (W' - W) over the active adapters, in W's shape, summed in float32 and rounded once.
 
         So strength 0 is exactly the base and 1 is what the adapter was trained to be; of DoRA, whose W' is not linear
         in the strength, ComfyUI takes this line between the two as well.

@@ -40,6 +40,8 @@ def optimizer_tensors(
 ) -> dict[str, Tensor]:
     """Copies of the optimizer's state on the CPU, named "{parameter}/{item}"; empty before the first update.
 
+    Items of torch's AdamW: "step", 0-d float32; "exp_avg" and "exp_avg_sq", in the parameter's shape and dtype.
+
     Copies, because bitsandbytes lets all parameters share a table, and safetensors stores no tensor twice.
     """
     return {
@@ -53,6 +55,11 @@ def load_optimizer(
     optimizer: torch.optim.Optimizer, parameters: Sequence[tuple[str, nn.Parameter]], tensors: Mapping[str, Tensor]
 ) -> None:
     """Put the state back. torch's own load_state_dict takes wrong shapes silently and fails a step later.
+
+    Args:
+        optimizer: as `make_optimizer` makes it; changed in place.
+        parameters: those it was made of, with their names.
+        tensors: as `optimizer_tensors` gave them.
 
     Raises:
         CheckpointError: a tensor is missing, left over, or of another shape.

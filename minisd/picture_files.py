@@ -108,6 +108,9 @@ def decode(file: BinaryIO, path: Path, *, background: str, max_aspect: float) ->
         path: what it is called, for the message.
         background: as there.
         max_aspect: as there.
+
+    Raises:
+        PictureError: as there.
     """
     try:
         with warnings.catch_warnings():

@@ -19,7 +19,10 @@ from minisd.unet_config import UNetConfig
 
 
 class GEGLU(nn.Module):
-    """value * gelu(gate), both halves of one projection (arXiv:2002.05202, 2): the first half is the value."""
+    """value * gelu(gate), both halves of one projection (arXiv:2002.05202, 2): the first half is the value.
+
+    [B, N, dim] -> [B, N, inner_dim]. gelu(x) = x Phi(x), exactly, not by tanh.
+    """
 
     def __init__(self, dim: int, inner_dim: int) -> None:
         super().__init__()
@@ -31,7 +34,7 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Gated feed-forward layer, four times as wide inside."""
+    """Gated feed-forward layer, four times as wide inside: [B, N, dim] -> [B, N, dim]."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -43,7 +46,10 @@ class FeedForward(nn.Module):
 
 
 class BasicTransformerBlock(nn.Module):
-    """Self-attention, attention over the prompt, feed-forward; each normalised before and added after."""
+    """Self-attention, attention over the prompt, feed-forward; each normalised before and added after.
+
+    Tokens [B, N, dim] and prompt [B, S, context_dim] -> [B, N, dim].
+    """
 
     def __init__(self, dim: int, context_dim: int, heads: int) -> None:
         super().__init__()
@@ -62,7 +68,16 @@ class BasicTransformerBlock(nn.Module):
 
 
 class Transformer2DModel(nn.Module):
-    """A transformer of `depth` blocks over the N = H * W positions of a feature map, plus the input."""
+    """A transformer over the N = H * W positions of a feature map, plus the input.
+
+    [B, C, H, W] and prompt [B, S, E] -> [B, C, H, W].
+
+    Args:
+        config: of the UNet.
+        channels: C.
+        heads: of every attention.
+        depth: number of blocks.
+    """
 
     def __init__(self, config: UNetConfig, channels: int, heads: int, depth: int) -> None:
         super().__init__()
@@ -108,7 +123,15 @@ def _resnets_and_attentions(
 
 
 class UNetDownBlock(nn.Module):
-    """One level on the way down: layers, then half the resolution (not at the last level)."""
+    """One level on the way down: layers, then half the resolution (not at the last level).
+
+    Args:
+        config: of the UNet.
+        in_channels: channels that each residual block takes.
+        out_channels: channels that each of them gives.
+        transformer: (heads, depth) of the one behind each residual block; None for a level without attention.
+        downsample: whether half the resolution follows.
+    """
 
     def __init__(
         self,
@@ -124,7 +147,11 @@ class UNetDownBlock(nn.Module):
         self.downsamplers = nn.ModuleList([Downsample2D(out_channels, symmetric=True)] if downsample else [])
 
     def forward(self, x: Tensor, temb: Tensor, context: Tensor) -> list[Tensor]:
-        """Return what comes out of each layer, for the way up; the last one also goes on."""
+        """Return what comes out of each layer, for the way up; the last one also goes on.
+
+        From [B, C_in, H, W], the time [B, 4 * block_out_channels[0]] and the prompt [B, S, E]: [B, C_out, H, W] of each
+        layer, and of the downsampler [B, C_out, H / 2, W / 2], odd sizes rounded up.
+        """
         outputs = []
         for index, resnet in enumerate(self.resnets):
             x = resnet(x, temb)
@@ -137,7 +164,10 @@ class UNetDownBlock(nn.Module):
 
 
 class UNetUpBlock(nn.Module):
-    """One level on the way up: layers that each take a skip in, then the next resolution (not at the last level)."""
+    """One level on the way up: layers that each take a skip in, then the next resolution (not at the last level).
+
+    Built like UNetDownBlock; `in_channels` are those of the hidden state and of the skip together.
+    """
 
     def __init__(
         self,
@@ -153,7 +183,10 @@ class UNetUpBlock(nn.Module):
         self.upsamplers = nn.ModuleList([Upsample2D(out_channels)] if upsample else [])
 
     def forward(self, x: Tensor, skips: list[Tensor], temb: Tensor, context: Tensor) -> Tensor:
-        """Take as many skips off the end of the list as there are layers."""
+        """Take as many skips off the end of the list as there are layers.
+
+        From [B, C, H, W] to [B, C_out, H, W], or to the height and width of the next skip.
+        """
         for index, resnet in enumerate(self.resnets):
             x = resnet(torch.cat([x, skips.pop()], dim=1), temb)
             if self.attentions:
@@ -165,7 +198,7 @@ class UNetUpBlock(nn.Module):
 
 
 class UNetMidBlock2DCrossAttn(nn.Module):
-    """Residual block, transformer, residual block at the lowest resolution."""
+    """Residual block, transformer, residual block at the lowest resolution: [B, C, H, W] -> [B, C, H, W]."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()

@@ -24,7 +24,15 @@ NORM_EPS = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderKLConfig:
-    """The fields of vae/config.json that vary between Stable Diffusion models."""
+    """The fields of vae/config.json that vary between Stable Diffusion models, under the Hub's names.
+
+    Attributes:
+        block_out_channels: channels of each level, from the pictures to the latents.
+        layers_per_block: residual blocks of a level; the decoder has one more.
+        latent_channels: of the latents.
+        norm_num_groups: of every GroupNorm.
+        scaling_factor: what latents are multiplied by to have a standard deviation of about 1.
+    """
 
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
     layers_per_block: int = 2
@@ -67,12 +75,18 @@ class DiagonalGaussian:
     logvar: Tensor
 
     def sample(self, noise: Tensor) -> Tensor:
-        """Draw latents with the given standard normal noise (arXiv:1312.6114, 2.4: the reparameterisation trick)."""
+        """Draw latents of the mean's shape with standard normal noise of that shape.
+
+        arXiv:1312.6114, 2.4: the reparameterisation trick.
+        """
         return self.mean + torch.exp(0.5 * self.logvar) * noise
 
 
 class VAEAttention(nn.Module):
-    """Self-attention over all positions with one head as wide as the feature map, plus the input."""
+    """Self-attention over all positions with one head as wide as the feature map, plus the input.
+
+    [B, C, H, W] -> [B, C, H, W].
+    """
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
@@ -89,7 +103,7 @@ class VAEAttention(nn.Module):
 
 
 class VAEMidBlock(nn.Module):
-    """Residual block, attention, residual block at the lowest resolution."""
+    """Residual block, attention, residual block at the lowest resolution: [B, C, H, W] -> [B, C, H, W]."""
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
@@ -101,7 +115,10 @@ class VAEMidBlock(nn.Module):
 
 
 class VAEDownBlock(nn.Module):
-    """Residual blocks, then half the resolution (not at the last level)."""
+    """Residual blocks, then half the resolution (not at the last level).
+
+    [B, C_in, H, W] -> [B, C_out, H / 2, W / 2].
+    """
 
     def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int, *, downsample: bool) -> None:
         super().__init__()
@@ -116,7 +133,10 @@ class VAEDownBlock(nn.Module):
 
 
 class VAEUpBlock(nn.Module):
-    """Residual blocks, then twice the resolution (not at the last level)."""
+    """Residual blocks, then twice the resolution (not at the last level).
+
+    [B, C_in, H, W] -> [B, C_out, 2 H, 2 W].
+    """
 
     def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int, *, upsample: bool) -> None:
         super().__init__()
@@ -202,7 +222,13 @@ class AutoencoderKL(nn.Module):
 
 
 def scale_latents(vae: AutoencoderKL, posterior: DiagonalGaussian, noise: Tensor) -> Tensor:
-    """Sample what the UNet works on: latents [B, 4, H / f, W / f] with a standard deviation of about 1."""
+    """Sample what the UNet works on: latents [B, 4, H / f, W / f] with a standard deviation of about 1.
+
+    Args:
+        vae: only its `scaling_factor` is read.
+        posterior: what the encoder says of the pictures.
+        noise: standard normal, [B, 4, H / f, W / f].
+    """
     return posterior.sample(noise) * vae.config.scaling_factor
 
 
@@ -212,7 +238,7 @@ def latents_to_images(vae: AutoencoderKL, latents: Tensor, decode: Callable[[Ten
 
     Args:
         vae: of any dtype.
-        latents: of any dtype.
+        latents: scaled, of any dtype.
         decode: another way to do what `vae.decode` does.
     """
     images = (decode or vae.decode)(latents.to(vae.post_quant_conv.weight.dtype) / vae.config.scaling_factor)

@@ -9,12 +9,20 @@ import pytest
 
 from minisd.command_line import parse_args
 from minisd.config import TrainConfig
+from minisd.evaluate.options import parse_options as parse_evaluate
 from minisd.prepare.options import parse_options
+from minisd.publish import parse_options as parse_publish
+from minisd.report.__main__ import parse_options as parse_report
 from minisd.sample_config import SampleConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = (ROOT / "README.md").read_text()
+MODULE_OPTIONS = {
+    "minisd.evaluate": parse_evaluate,
+    "minisd.publish": parse_publish,
+    "minisd.report": parse_report,
+}
 
 
 def _commands():
@@ -36,14 +44,18 @@ def test_command(words, monkeypatch):
         parse_args(SampleConfig, arguments)
     elif script == "prepare_data.py":
         parse_options(arguments)
-    elif script is not None and script.startswith("bench/"):
+    elif script is not None and script.startswith(("bench/", "docs/tour/")):
         assert (ROOT / script).exists()
     elif words[0] == "make":
         targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M)
         assert {word for word in words[1:] if "=" not in word} <= set(targets)
     elif "-m" in words:
         module = words[words.index("-m") + 1]
-        assert module == "pytest" or (ROOT / (module.replace(".", "/") + ".py")).exists()
+        arguments = words[words.index("-m") + 2 :]
+        where = ROOT / module.replace(".", "/")
+        assert module == "pytest" or where.with_suffix(".py").exists() or (where / "__main__.py").exists()
+        if module in MODULE_OPTIONS:
+            MODULE_OPTIONS[module](arguments)
     else:
         pytest.fail(f"no test knows how to check: {shlex.join(words)}")
 

@@ -82,7 +82,7 @@ class State:
             self._load()
 
     def update(self, loss: Tensor, lr: float) -> None:
-        """Make one update: clip, AdamW, running average."""
+        """Make one update from a scalar loss at learning rate `lr`: clip, AdamW, running average."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         loss.backward()
@@ -125,7 +125,10 @@ def generator_at(config: PretrainConfig, stage: int, step: int) -> torch.Generat
 
 
 def vae_loss(vae: AutoencoderKL, pixel_values: Tensor, noise: Tensor) -> Tensor:
-    """Absolute error of the picture and of its edges, plus a light pull of the latents towards N(0, 1)."""
+    """Absolute error of the picture and of its edges, plus a light pull of the latents towards N(0, 1).
+
+    Pictures [B, 3, 64, 64] in [-1, 1] and standard normal noise [B, 4, 16, 16] -> a scalar.
+    """
     posterior = vae.encode(pixel_values)
     error = vae.decode(posterior.sample(noise)) - pixel_values
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
@@ -159,7 +162,9 @@ def fit_vae(
 
 
 def train_vae(config: PretrainConfig, pictures: Tensor) -> AutoencoderKL:
-    """Train the autoencoder, then its decoder alone: that sharpens pictures and leaves the latents as they are."""
+    """Train the autoencoder on pictures [N, 3, 64, 64] uint8, then its decoder alone: that sharpens pictures and leaves
+    the latents as they are.
+    """
     torch.manual_seed(config.seed)
     vae = AutoencoderKL(AutoencoderKLConfig.from_json(architecture.VAE))
     vae = vae.to(config.device).to(memory_format=torch.channels_last)
@@ -179,7 +184,7 @@ def train_vae(config: PretrainConfig, pictures: Tensor) -> AutoencoderKL:
 
 @torch.no_grad()
 def encode_pictures(config: PretrainConfig, vae: AutoencoderKL, pictures: Tensor) -> DiagonalGaussian:
-    """Encode every picture once; the moments stay in memory, 8 KiB a picture."""
+    """Encode pictures [N, 3, 64, 64] uint8, each once: unscaled moments [N, 4, 16, 16] on the CPU, 8 KiB a picture."""
     moments = []
     for batch in tqdm(pictures.split(64), desc="encode", unit="batch"):
         posterior = vae.encode(batch.to(config.device).float() / 127.5 - 1)
@@ -210,7 +215,9 @@ def caption_of(scene: scenes.Scene, rng: random.Random) -> str:
 
 
 def train_unet(config: PretrainConfig, vae: AutoencoderKL, pictures: Tensor) -> None:
-    """Train the UNet and the text encoder on the latents of plain pictures, with min-SNR weights (arXiv:2303.09556)."""
+    """Train the UNet and the text encoder on the latents of plain pictures [N, 3, 64, 64] uint8, with min-SNR weights
+    (arXiv:2303.09556).
+    """
     posterior = encode_pictures(config, vae, pictures)
     scaling_factor = round(1 / posterior.mean.std().item(), 5)
 

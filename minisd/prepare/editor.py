@@ -109,6 +109,10 @@ class Editor:
         Returns:
             The caption, as it is saved, its length in tokens and the flags of the picture; or, if somebody else has
             changed it, {"error", "caption"} with theirs.
+
+        Raises:
+            DataError: the picture is gone.
+            DiskError: the table cannot be written.
         """
         with self._changing():
             pictures = read_pictures(self.data)

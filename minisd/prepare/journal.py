@@ -103,7 +103,7 @@ class Journal:
         os.close(self._descriptor)
 
     def append(self, found: Found) -> None:
-        """Write a line, and return when it is on the disk."""
+        """Write a line, and return when it is on the disk. Raises DiskError."""
         left = memoryview(json.dumps(asdict(found)).encode("ascii") + b"\n")
         with self._lock:
             try:
