@@ -74,7 +74,7 @@ def sample(config: SampleConfig) -> list[Path]:
         for batch in batches:
             for index, lora in enumerate(loras):
                 for part in parts[index]:
-                    set_lora_scale(model.networks()[part], f"lora{index}", lora.strength * batch.lora_factor)
+                    set_lora_scale(model.networks()[part], f"lora{index}", lora.lora_scale * batch.lora_factor)
             with merged_doras(model):
                 latents = drawn(model, batch, bar.update)
             for place, number in batch.numbers.items():

@@ -76,6 +76,12 @@ def bucket_geometry(picture: Size, resolution: int, step: int, *, upscale: bool)
     A picture too small to cover its bucket gets a smaller one of its own instead, cut from its pixels as they are,
     unless `upscale`: enlarging would teach the blur.
 
+    Args:
+        picture: its size.
+        resolution: side of the square that is as large as a bucket, in pixels.
+        step: what the sides of buckets are multiples of, in pixels (--bucket-step).
+        upscale: whether pictures may be enlarged.
+
     Raises:
         DataError: a side is below `step` and `upscale` is off. The message names no file.
     """

@@ -4,7 +4,7 @@ A checkpoint is a folder OUTPUT/checkpoints/step-000500/ with
 
     lora.safetensors     the adapter, an ordinary LoRA file
     optim.safetensors    Adam's moments and step counts, by parameter name
-    state.json           the step, the loss scale, and what the run is (see train.py)
+    state.json           the step, the loss scale, and what the run is (see run_state.py)
     manifest.json        sizes and SHA-256 of the others, written last
 
 It is staged beside, every file and the folder synced, read back, and renamed. Neither safetensors nor torch notices a
@@ -194,6 +194,10 @@ def prune_checkpoints(folder: Path, keep: int) -> None:
 
     A damaged one does not count towards those kept, and stays for whoever wants to look at it. What cannot be deleted
     is named in a warning.
+
+    Args:
+        folder: OUTPUT/checkpoints.
+        keep: at least 1.
     """
     sound = []
     for path in checkpoints_in(folder):

@@ -187,6 +187,7 @@ class NoiseSchedule:
 
     Latents, noise and outputs are [B, 4, h, w] of any float dtype; timesteps are int64 [B] in [0, T). Arithmetic is in
     float32 at least, and the result has the latents' dtype: in bfloat16 abar_0 is 1, and t = 0 would get no noise.
+    (`step`, a sampler's, computes in the latents' dtype with float32 factors, as the samplers of diffusers do.)
 
     Attributes:
         config: what it was built from.
@@ -220,13 +221,13 @@ class NoiseSchedule:
         return (signal * noise - spread * latents).to(latents.dtype)
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Return what the network should have output, by the model's own prediction type."""
+        """Return what the network should have output, by the model's own prediction type: noise, v or x_0."""
         if self.config.prediction_type == "v_prediction":
             return self.velocity(latents, noise, timesteps)
         return noise if self.config.prediction_type == "epsilon" else latents
 
     def snr(self, timesteps: Tensor) -> Tensor:
-        """Return the signal-to-noise ratio abar / (1 - abar), [B] float32 (min-SNR, arXiv:2303.09556)."""
+        """Return the signal-to-noise ratio abar / (1 - abar), [B] float32 from 0 up (min-SNR, arXiv:2303.09556)."""
         return self.alphas_cumprod[timesteps] / (1 - self.alphas_cumprod[timesteps])
 
     def predict_original(self, model_output: Tensor, sample: Tensor, timesteps: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """From the name of a model to what holds it: "pocket", a folder in diffusers layout, a single file, a Hub repository.
 
 The only file that knows the Hub. A folder, a file, or a repository in the cache is found without a single request.
-Models of another kind (prepare/blip_files.py) are fetched with `fetch_repository`, too.
+Models of another kind (vision_files.py) are fetched with `fetch_repository`, too.
 """
 
 from __future__ import annotations

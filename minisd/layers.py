@@ -23,7 +23,7 @@ def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
         dim: even width of the embedding.
 
     Returns:
-        [B, dim] float32, whatever the network's dtype: in bfloat16 the angle of t = 999 is wrong by whole turns.
+        [B, dim] float32, whatever the network's dtype: in bfloat16 angles of t = 999 are wrong by up to half a turn.
     """
     half = dim // 2
     exponents = -math.log(10_000) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
@@ -137,7 +137,10 @@ class Downsample2D(nn.Module):
 
 
 class Upsample2D(nn.Module):
-    """Enlarge by nearest neighbours and a convolution: [B, C, H, W] -> [B, C, 2 H, 2 W], or to the size given."""
+    """Enlarge by nearest neighbours and a convolution: [B, C, H, W] -> [B, C, 2 H, 2 W].
+
+    Or to the size given, (height, width).
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()

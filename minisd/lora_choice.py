@@ -26,13 +26,13 @@ class LoRAChoice:
 
     Attributes:
         path: a file, or a folder of PEFT's.
-        strength: its scale; may be negative.
+        lora_scale: its strength; may be negative.
         sha256: of the file; of a folder, of its two files one after the other.
         short_hash: what A1111 calls the file's hash: of its tensors, without the header.
     """
 
     path: Path
-    strength: float
+    lora_scale: float
     sha256: str
     short_hash: str
 
@@ -43,7 +43,7 @@ class LoRAChoice:
 
     def record(self, factor: float) -> LoRARecord:
         """What is written into a picture. No folder: it is private."""
-        return LoRARecord(name=self.path.absolute().name, sha256=self.sha256, strength=self.strength * factor)
+        return LoRARecord(name=self.path.absolute().name, sha256=self.sha256, strength=self.lora_scale * factor)
 
 
 def chosen_loras(config: SampleConfig, record: PictureRecord | None) -> list[LoRAChoice]:
@@ -72,7 +72,7 @@ def chosen_loras(config: SampleConfig, record: PictureRecord | None) -> list[LoR
 
 def prompt_with_loras(prompt: str, loras: Sequence[LoRAChoice], factor: float) -> str:
     """A prompt as A1111 would have to be given it: it names LoRAs at its end."""
-    return " ".join([prompt, *(f"<lora:{lora.name}:{lora.strength * factor:g}>" for lora in loras)])
+    return " ".join([prompt, *(f"<lora:{lora.name}:{lora.lora_scale * factor:g}>" for lora in loras)])
 
 
 def lora_hashes(loras: Sequence[LoRAChoice]) -> list[str]:

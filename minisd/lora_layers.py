@@ -2,6 +2,8 @@
 
     h = W x + (alpha / r) B A x        W [out, in], A = lora_down [r, in], B = lora_up [out, r]
 
+that is h = W' x with the changed weight W' = W + (alpha / r) B A.
+
 For a convolution, A is one of the same kernel and stride, [r, in, kh, kw], and B one of 1 x 1, [out, r, 1, 1]: B A is
 again a product of two matrices, [out, r] and [r, in * kh * kw]. B starts at zero, so at the start the model is the base
 model.
@@ -79,6 +81,8 @@ class LoRAAdapter(nn.Module):
     """The learnt change of one layer. Its weights are float32 copies of those given; LoRALayer runs it.
 
     Attributes:
+        lora_down: A, float32 [r, in] or [r, in, kh, kw].
+        lora_up: B, float32 [out, r] or [out, r, 1, 1].
         rank: r.
         alpha: the change is multiplied by alpha / r.
         dropout: zeroes inputs of the adapter, in training mode only.

@@ -64,7 +64,9 @@ def chosen_layers(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Line
 
 
 def initial_weights(layer: nn.Linear | nn.Conv2d, path: str, rank: int, alpha: float, seed: int) -> LoRAWeights:
-    """A uniform in +-1 / sqrt(in * kh * kw), B zero. Drawn on the CPU in float32: every device and dtype starts alike.
+    """A uniform in +-1 / sqrt(in * kh * kw), as in the paper's own code (the paper has normal numbers), and B zero.
+
+    Drawn on the CPU in float32: every device and dtype starts alike.
 
     Args:
         layer: its shape counts.

@@ -73,7 +73,7 @@ class Card:
         is_kohya: its keys are kohya's, which ComfyUI and A1111 look for.
         license_name: as the Hub spells it; None for that of the base's family.
         step: of the run, after which the LoRA was saved; None if not known.
-        pictures: how many it was trained on; None if not known.
+        pictures: how many it was trained on; 0 if not known.
         samples: pictures, the first ones as in the grid.
         grid: name of the picture that has them beside those of the base; "" if there is none.
         columns: pictures side by side in the grid.
@@ -88,7 +88,7 @@ class Card:
     is_kohya: bool
     license_name: str | None
     step: int | None = None
-    pictures: int | None = None
+    pictures: int = 0
     samples: Sequence[Sample] = ()
     grid: str = ""
     columns: int = 0

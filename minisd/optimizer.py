@@ -21,6 +21,12 @@ def make_optimizer(
 
     torch's is the fused one: an update is one kernel over all parameters instead of a dozen.
 
+    Args:
+        name: "adamw" or "adamw8bit".
+        parameters: what learns, float32.
+        learning_rate: of the first update; the loop sets it anew before each.
+        weight_decay: lambda, multiplied by the learning rate.
+
     Raises:
         UsageError: bitsandbytes is asked for and not installed.
     """

@@ -29,6 +29,12 @@ class TrainingPlan:
         geometries: of each picture; its bucket is its size.
         images_per_step: G.
         seed: of the run.
+
+    Attributes:
+        images: number of pictures.
+        sizes: the bucket of each picture.
+        buckets: size -> the pictures in it, buckets by ascending size.
+        steps_per_epoch: global batches in an epoch.
     """
 
     def __init__(self, geometries: Sequence[Geometry], images_per_step: int, seed: int) -> None:
@@ -47,7 +53,7 @@ class TrainingPlan:
         return self.steps_per_epoch * self.images_per_step - self.images
 
     def batch(self, step: int) -> list[int]:
-        """The pictures of a step, G indices, one bucket."""
+        """The pictures of a step, counted from 0: G indices, one bucket."""
         epoch, place = divmod(step, self.steps_per_epoch)
         if self._epoch[0] != epoch:
             self._epoch = (epoch, self._batches_of(epoch))
@@ -84,7 +90,10 @@ def positions_of(
 
 @dataclass(frozen=True)
 class MicroBatches:
-    """The micro-batches of one process from one step up to another, as lists of positions (torch's batch sampler)."""
+    """The micro-batches of one process, as lists of positions (torch's batch sampler).
+
+    From `start_step` up to `max_steps`, the first step not made; the others are the arguments of `positions_of`.
+    """
 
     start_step: int
     max_steps: int

@@ -6,26 +6,27 @@ optimizer, no path; nothing that is not one of these.
 
 from __future__ import annotations
 
-import csv
 import io
-import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
 from minisd.atomic import delete, write_atomically
-from minisd.errors import UsageError
+from minisd.errors import DataError, UsageError, one_line
 from minisd.images import image_grid
 from minisd.lora_info import LoRAInfo
 from minisd.lora_peft import CONFIG_FIELD
 from minisd.lora_raw import read_raw
 from minisd.lora_reader import info_of
 from minisd.model_card import RECIPE, Card, Figure, Sample, card_text, recipe_json
+from minisd.picture_files import load_image
+from minisd.report.evaluation import Evaluation, Row, read_evaluation
+from minisd.report.pictures import find_inside, text_of
+from minisd.report.run_files import json_lines, picture_rows, ratios
 
 log = logging.getLogger(__name__)
 
@@ -71,15 +72,18 @@ def write_publication(run: Path, repo: str, lora: Path, license_name: str | None
         )
     info = info_of(raw)
     step = _step_of(run, lora, info)
-    evaluation = _json_object(run / "evaluation" / "evaluation.json")
+    evaluation = None if step is None else read_evaluation(run)
     drawn = [] if step is None else _pictures_of(run, step, evaluation)
     name = f"{repo.partition('/')[2]}.safetensors"
     pictures = {f"images/{number:02d}.png": picture for number, picture in enumerate(drawn)}
     grid = _grid(drawn[:_COLUMNS])
-    picked, sweep = (evaluation.get(part) or {} for part in ("pick", "sweep"))
-    better = run / "checkpoints" / f"step-{picked.get('step', 0):06d}" / "lora.safetensors"
-    if step is not None and picked.get("step", step) != step and better.exists():
-        log.info("this is step %d; the evaluation picked another, which --lora %s publishes", step, better)
+    is_pick = evaluation is not None and evaluation.pick == step
+    if evaluation is not None and not is_pick:
+        better = run / "checkpoints" / f"step-{evaluation.pick:06d}" / "lora.safetensors"
+        if better.exists():
+            log.info("this is step %d; the evaluation picked another, which --lora %s publishes", step, better)
+    sweep = None if evaluation is None else evaluation.sweep
+    suggested = sweep.suggested if sweep is not None and sweep.step == step else None
     card = Card(
         repo=repo,
         info=info,
@@ -87,13 +91,13 @@ def write_publication(run: Path, repo: str, lora: Path, license_name: str | None
         is_kohya=CONFIG_FIELD not in raw.metadata,
         license_name=license_name,
         step=step,
-        pictures=_picture_count(run) if step is not None else None,
+        pictures=0 if step is None else len(picture_rows(run / "pictures.csv")),
         samples=[Sample(name=name, prompt=picture.prompt, seed=picture.seed) for name, picture in pictures.items()],
         grid="images/grid.png" if grid else "",
         columns=min(len(drawn), _COLUMNS),
         figures=[] if step is None else _figures(run, step, evaluation),
-        why=picked.get("why", "") if step is not None and picked.get("step") == step else "",
-        strength=(sweep.get("suggested") or 1.0) if step is not None and sweep.get("step") == step else 1.0,
+        why=evaluation.why if evaluation is not None and is_pick else "",
+        strength=suggested or 1.0,
     )
     files = {"README.md": card_text(card).encode(), name: raw.path.read_bytes()}
     files |= {RECIPE: recipe_json(info).encode()} if info.recipe else {}
@@ -120,44 +124,45 @@ def _step_of(run: Path, lora: Path, info: LoRAInfo) -> int | None:
     return int(found[1]) if found and path.parent.parent == (run / "checkpoints").resolve() else None
 
 
-def _pictures_of(run: Path, step: int, evaluation: Mapping[str, Any]) -> list[_Drawn]:
+def _rows(evaluation: Evaluation | None, step: int) -> tuple[Row, Row] | None:
+    """What an evaluation found out about the LoRA of a step, and about the base; None if it knows no such step."""
+    rows = {} if evaluation is None else {row.step: row for row in evaluation.rows}
+    return (rows[step], rows[0]) if step in rows and 0 in rows else None
+
+
+def _pictures_of(run: Path, step: int, evaluation: Evaluation | None) -> list[_Drawn]:
     """What was drawn with the LoRA of a step: by the evaluation, else along the run."""
-    rows = {row["step"]: row["pictures"] for row in evaluation.get("rows", ())}
-    if rows.get(step):
-        folder = run / "evaluation"
-        pairs = [(folder / ours, folder / base) for ours, base in zip(rows[step], rows[0], strict=True)]
+    rows = _rows(evaluation, step)
+    if rows is not None and rows[0].pictures:
+        folder, pairs = run / "evaluation", list(zip(rows[0].pictures, rows[1].pictures, strict=False))
     else:
-        folder = run / "samples"
-        ours = sorted((folder / f"step-{step:06d}").glob("*.png"))
-        pairs = [(path, folder / "step-000000" / path.name) for path in ours]
+        folder, ours = run / "samples", f"step-{step:06d}"
+        names = sorted(path.name for path in (folder / ours).glob("*.png"))
+        pairs = [(f"{ours}/{name}", f"step-000000/{name}") for name in names]
     drawn = []
-    for path, base in pairs[:_MOST_SAMPLES]:
-        text = _text_in(path)
-        if text is not None:
-            has_base = step > 0 and _text_in(base) is not None
-            drawn.append(_Drawn(path, base if has_base else None, _prompt_in(text), _seed_in(text)))
+    for name, base in pairs[:_MOST_SAMPLES]:
+        path = _ours(folder, name)
+        if path is not None:
+            without = _ours(folder, base) if step > 0 and (folder / base).exists() else None
+            text = text_of(path)
+            drawn.append(_Drawn(path, without, text.partition("\n")[0], _seed_in(text)))
     return drawn
 
 
-def _text_in(path: Path) -> str | None:
-    """What minisd wrote into a picture that it drew; None, and a warning, of any other file: that is not published."""
+def _ours(folder: Path, name: str) -> Path | None:
+    """A picture in a folder of the run that minisd drew; None, and a warning, of any other: that is not published."""
+    path = find_inside(folder, name)
+    if path is None:
+        return None
     try:
-        with Image.open(path, formats=("PNG",)) as image:
-            image.load()
-            text = image.info.get("parameters")
-    except FileNotFoundError:
+        load_image(path)  # it is whole
+        is_ours = text_of(path).endswith("Version: minisd")
+    except DataError as error:
+        log.warning("left out: %s", one_line(str(error)))
         return None
-    except Exception as error:  # decoders raise what they like on damaged files
-        log.warning("left out, not a picture: %s (%s)", path, type(error).__name__)
-        return None
-    if not isinstance(text, str) or not text.endswith("Version: minisd"):
-        log.warning("left out, not drawn by minisd: %s", path)
-        return None
-    return text
-
-
-def _prompt_in(text: str) -> str:
-    return text.partition("\n")[0]
+    if not is_ours:
+        log.warning("left out, not drawn by minisd: %s", one_line(str(path)))
+    return path if is_ours else None
 
 
 def _seed_in(text: str) -> str:
@@ -181,58 +186,20 @@ def _grid(drawn: Sequence[_Drawn]) -> bytes:
     return data.getvalue()
 
 
-def _figures(run: Path, step: int, evaluation: Mapping[str, Any]) -> list[Figure]:
+def _figures(run: Path, step: int, evaluation: Evaluation | None) -> list[Figure]:
     """Rows for the card: what the evaluation says of that step, else the losses that the run measured there."""
-    rows = {row["step"]: row["figures"] for row in evaluation.get("rows", ())}
-    if step in rows:
+    rows = _rows(evaluation, step)
+    if evaluation is not None and rows is not None:
+        trained, base = (row.figures for row in rows)
         return [
-            Figure(
-                title=figure["title"],
-                base=_formatted(rows[0][figure["name"]], figure["format"]),
-                trained=_formatted(rows[step][figure["name"]], figure["format"]),
-            )
-            for figure in evaluation["figures"]
-            if rows[step][figure["name"]] is not None
+            Figure(title=figure.title, base=figure.text(base.get(figure.name)), trained=figure.text(value))
+            for figure in evaluation.figures
+            if (value := trained.get(figure.name)) is not None
         ]
-    measured = _measured(run, step)
+    lines = json_lines(run / "validation.jsonl")
+    measured = {part: dict(ratios(lines, part).get("ratio", [])).get(step) for part in ("train", "held_out")}
     return [
-        Figure(title=f"loss on {title} pictures, of the base's", base="1", trained=f"{measured[part]['ratio']:.3f}")
-        for title, part in (("training", "train"), ("held-out", "held_out"))
-        if part in measured
+        Figure(title=f"loss on {title} pictures, of the base's", base="1", trained=f"{value:.3f}")
+        for title, value in (("training", measured["train"]), ("held-out", measured["held_out"]))
+        if value is not None
     ]
-
-
-def _formatted(value: float | None, form: str) -> str:
-    if value is None:
-        return "-"
-    return f"{value:{form}}" if re.fullmatch(r"\.\d[f%]", form) else f"{value:g}"
-
-
-def _measured(run: Path, step: int) -> dict[str, Any]:
-    """The line of validation.jsonl about a step; empty if there is none."""
-    path = run / "validation.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    found = [line for line in map(_parsed, lines) if line.get("step") == step]
-    return found[-1] if found else {}
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    """The object in a file; empty if there is none."""
-    return _parsed(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def _parsed(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError:  # a line that is being written
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _picture_count(run: Path) -> int | None:
-    """Pictures that the run trained on, as its pictures.csv has them."""
-    path = run / "pictures.csv"
-    if not path.exists():
-        return None
-    with path.open(newline="", encoding="utf-8") as file:
-        return max(0, sum(1 for _ in csv.reader(file)) - 1)

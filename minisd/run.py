@@ -128,7 +128,8 @@ def probe_of(config: TrainConfig, dist: Distributed, model: StableDiffusion) -> 
     Args:
         config: of the run. The base's losses are taken from config.output / "probe.json"; the cache may be written.
         dist: this process among the others.
-        model: as `run_setup.base_model` loads it for this config, on the device; with or without adapters.
+        model: as `run_setup.base_model` loads it for this config, on the device, where it is afterwards; with or
+            without adapters.
 
     Returns:
         What `validation_loss.measure` takes; None if the run holds no pictures out.
@@ -148,7 +149,7 @@ def probe_of(config: TrainConfig, dist: Distributed, model: StableDiffusion) -> 
     samples = samples_of(config, dist, model, pictures, geometries, plan, weights, chunks)
     sets = probe_sets(samples, held_out, geometries_of(config, model, held_out))
     encode(config, dist, model, list(sets.values()), chunks, check_stop=stop.check)
-    model.text_encoder.to(device=dist.device)  # to draw with
+    model.text_encoder.to(device=dist.device)  # which `encode` has sent away
     dtype = Precision(config.mixed_precision, dist.device.type).dtype
     return make_probe(config.output, dist, model, sets, dtype, weights["unet"], stop)
 

@@ -101,7 +101,7 @@ def prepared_model(
     name = config.model if config.model is not None else named[0] if named else DEFAULT_MODEL
     unasked = "" if config.lora or again is not None else " (trained last; --lora none draws without)"
     for choice in loras:
-        log.info("LoRA: %s, strength %g%s", choice.path, choice.strength, unasked)
+        log.info("LoRA: %s, strength %g%s", choice.path, choice.lora_scale, unasked)
     log.info("model: %s", name)
     if again is not None and again.has_local_model(name) and not (name == "pocket" or Path(name).exists()):
         raise UsageError(f"--from-png {config.from_png}: its model {name!r} is not here. Give its path with --model.")
@@ -126,7 +126,7 @@ def prepared_model(
     parts = []
     for index, choice in enumerate(loras):
         lora = load_lora(choice.path, model.networks(), allow_partial=config.allow_partial)
-        add_lora_to(model.networks(), lora, name=f"lora{index}", lora_scale=choice.strength)
+        add_lora_to(model.networks(), lora, name=f"lora{index}", lora_scale=choice.lora_scale)
         model.text_encoder.add_tokens(lora.embeddings)
         parts.append(tuple(lora.parts))
     for network in model.networks().values():

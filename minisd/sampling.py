@@ -23,9 +23,16 @@ class SamplingSettings:
     """How to draw: everything but the prompt and the seed. Sizes in pixels.
 
     Attributes:
-        negative_prompt: None is not given, which is not the same as "" to an XL model.
+        height, width: of the pictures; multiples of the VAE's pixels per latent.
+        negative_prompt: what to keep away from; None is not given, which is not the same as "" to an XL model.
+        scheduler: the sampler, one of samplers.SAMPLERS.
+        num_inference_steps: from 1; for how many calls of the network see `network_calls`.
+        guidance_scale: s of arXiv:2207.12598 (there 1 + w); 1 and below is no guidance.
         guidance_rescale: share of arXiv:2305.08891, eq. 16, from 0 to 1.
         guidance_interval: guide there only, shares of the way from pure noise (0) to the picture (1).
+        karras: noise levels of arXiv:2206.00364, eq. 5; False leaves it to the model.
+        timestep_spacing: how the timesteps are chosen; None leaves it to the model and the sampler.
+        eta: share of DDPM's noise that DDIM adds, from 0 to 1; of "ddim" only.
         clip_skip: last layers of the text encoder that are left out.
         strength: of image to image, above 0 and at most 1; 1 without a picture to begin with.
     """

@@ -64,12 +64,15 @@ class Precision:
 
 
 def latents_of(vae: AutoencoderKL, moments: Tensor, noise: Tensor) -> Tensor:
-    """Draw the latents of a batch from the VAE's posterior: arXiv:2112.10752, 3.3; scaled, in float32.
+    """Draw the latents of a batch from the VAE's posterior, scaled: arXiv:2112.10752, appendix G.
 
     Args:
         vae: only its configuration is read.
-        moments: mean and log-variance [B, 2, 4, h, w].
-        noise: [B, 4, h, w] float32.
+        moments: mean and log-variance [B, 2, 4, h, w], of any dtype.
+        noise: standard normal [B, 4, h, w] float32.
+
+    Returns:
+        [B, 4, h, w] float32.
     """
     mean, logvar = moments.float().unbind(dim=1)
     return scale_latents(vae, DiagonalGaussian(mean, logvar), noise)
@@ -78,13 +81,16 @@ def latents_of(vae: AutoencoderKL, moments: Tensor, noise: Tensor) -> Tensor:
 def snr_weights(snr: Tensor, gamma: float, prediction_type: PredictionType) -> Tensor:
     """Weights of the loss by min-SNR (arXiv:2303.09556, 3.4): an error in x_0 counts min(SNR, gamma) times.
 
-    An error in x_0 is SNR times smaller in epsilon, and SNR + 1 times in v; hence the divisors. At SNR 0, the end of a
-    schedule with zero terminal SNR, the weight of epsilon is the limit, 1.
+    The square of an error in x_0 is SNR times as large in epsilon, and SNR + 1 times in v; hence the divisors. At SNR
+    0, the end of a schedule with zero terminal SNR, the weight of epsilon is the limit, 1.
 
     Args:
         snr: signal-to-noise ratios [B] float32, at least 0.
         gamma: the limit; 5 in the paper.
         prediction_type: what the network outputs.
+
+    Returns:
+        [B] float32.
     """
     if prediction_type == "epsilon":
         return torch.clamp(gamma / snr, max=1)  # gamma / 0 is infinite, not NaN

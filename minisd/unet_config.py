@@ -32,9 +32,23 @@ _FIXED = {
 class UNetConfig:
     """The fields of unet/config.json that vary between Stable Diffusion models.
 
-    `attention_head_dim` is the NUMBER of heads, one for all levels or one each: the Hub's name, kept by 40,000 files.
-    `transformer_layers_per_block` is the depth of the transformers, likewise. The three fields of the addition
-    embedding come together: they are what makes a model an XL one.
+    The three fields of the addition embedding come together: they are what makes a model an XL one.
+
+    Attributes:
+        cross_attention_dim: E, the width of the prompt's embeddings.
+        in_channels, out_channels: of the latents.
+        block_out_channels: channels of each level, from the largest feature maps to the smallest.
+        down_block_types, up_block_types: whether a level has attention, in the order in which the levels run.
+        layers_per_block: residual blocks of a level on the way down; on the way up there is one more.
+        transformer_layers_per_block: depth of the transformers, one for all levels or one each.
+        attention_head_dim: the NUMBER of heads, likewise: the Hub's name, kept by 40,000 files.
+        use_linear_projection: linear layers around the transformers, not 1 x 1 convolutions.
+        norm_num_groups: of every GroupNorm.
+        norm_eps: of every GroupNorm but those of the transformers, which have 1e-6.
+        sample_size: side of the latents that the model was trained on; None where the file does not say.
+        addition_embed_type: "text_time" of an XL model.
+        addition_time_embed_dim: XL: width of the embedding of each of the six sizes.
+        projection_class_embeddings_input_dim: XL: that of all six and the pooled prompt together.
     """
 
     cross_attention_dim: int

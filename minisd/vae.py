@@ -224,6 +224,8 @@ class AutoencoderKL(nn.Module):
 def scale_latents(vae: AutoencoderKL, posterior: DiagonalGaussian, noise: Tensor) -> Tensor:
     """Sample what the UNet works on: latents [B, 4, H / f, W / f] with a standard deviation of about 1.
 
+    arXiv:2112.10752, appendix G.
+
     Args:
         vae: only its `scaling_factor` is read.
         posterior: what the encoder says of the pictures.

@@ -14,6 +14,9 @@ from threading import Thread
 from time import sleep  # the name, for tests take the waiting out of the module
 from typing import Any
 
+import pytest
+from huggingface_hub import constants
+
 COMMIT = "c0ffee" + "0" * 34
 LICENSES = ("creativeml-openrail-m", "openrail++", "cc-by-4.0")
 Failure = int | tuple[int, str] | str | None
@@ -223,3 +226,20 @@ def fake_hub(
     finally:
         hub.shutdown()
         hub.server_close()
+
+
+def log_in(token: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the Hub's client have this token and no other, keep its files in a folder, and not wait before a retry."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "token"))
+    monkeypatch.setenv("HF_TOKEN", token)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
+
+
+def send_to(served: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the Hub's client ask this Hub."""
+    monkeypatch.setattr(constants, "ENDPOINT", served.endpoint)
+    template = served.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)

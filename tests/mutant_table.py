@@ -246,7 +246,7 @@ MUTANTS = (
     ),
     Mutant(
         "weight decay", "minisd/optimizer.py", "weight_decay=weight_decay, fused=True", "weight_decay=0.0, fused=True",
-        "--adam-weight-decay does nothing", TRAINING,
+        "--weight-decay does nothing", TRAINING,
     ),
     Mutant(
         "clipping", "train.py", "clip_grad_norm_(parameters, max_norm)", "clip_grad_norm_(parameters, math.inf)",

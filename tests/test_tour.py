@@ -25,6 +25,7 @@ from minisd.weights import load_model
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "tour.md"
 TEXT = PAGE.read_text(encoding="utf-8")
+NO_EQUATION = ("weights", "checkpoint")  # a format and an order in its place
 STOPS = ["ddpm", "layers", "unet", "vae", "text", "lora", "draws", "training", "train.py", "samplers", "sampling",
          "weights", "checkpoint"]  # fmt: skip
 _NUMBER = re.compile(r"(?<![\w.])[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
@@ -95,6 +96,9 @@ def test_the_stops_are_there_in_reading_order_each_with_all_its_parts():
         assert re.search(r"\[`[\w.]+`\]\(\.\./[\w./]+\.py\)", section), f"{name} links no code"
         for part in ("**Try it.**", "**What breaks if", "**Exercise.**", "<details>", "```python", "```text"):
             assert part in section, f"{name} has no {part}"
+        assert ("```math" in section and "arXiv" in section) == (name not in NO_EQUATION), f"{name}: equation and paper"
+        broken = section.partition("**What breaks if")[2].partition("**Exercise.**")[0]
+        assert "](tour/broken_" in broken or "\n|" in broken, f"{name} shows nothing of what broke"
 
 
 def test_what_is_linked_as_code_is_in_that_file():

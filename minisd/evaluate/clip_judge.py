@@ -36,7 +36,7 @@ class ClipJudge:
         mean = normalize(self.training_features.mean(dim=0), dim=0)  # [F]
         self._style = mean
         own = float((self.training_features @ mean).mean())
-        self.style_title = f"cosine to the mean of the training pictures, which have {own:.3f} themselves"
+        self.style_title = f"cosine to the data's mean (its own: {own:.3f})"
 
     def agreement(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float | None]:
         """The cosine of each picture and its prompt, in [-1, 1]."""

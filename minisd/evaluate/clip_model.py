@@ -16,9 +16,9 @@ from torch.nn.functional import normalize
 
 from minisd.clip import load_tokenizer
 from minisd.errors import WeightsError
-from minisd.evaluate.clip_files import WEIGHTS
 from minisd.model_files import read_json
 from minisd.strict_load import fill
+from minisd.vision_files import WEIGHTS
 
 # The numbers of config.json that shape the network, and what bounds them: a billion layers, say, would be built for
 # ever before any weight is missed.
@@ -73,7 +73,7 @@ class Clip:
 
 
 def load_clip(folder: Path, device: torch.device | str = "cpu") -> Clip:
-    """Load a CLIP model from a folder that clip_files.resolve_clip has found.
+    """Load a CLIP model from a folder that vision_files.resolve_vision_model has found.
 
     Args:
         folder: with the weights as safetensors; nothing is unpickled.

@@ -22,7 +22,7 @@ from minisd.evaluate.picking import choose
 from minisd.evaluate.run_folder import Candidate, candidates_in, read_train_config
 from minisd.evaluate.session import Session, open_session
 from minisd.evaluate.sweeping import Sweep, prompts_to_sweep, sweep
-from minisd.evaluate.table import table_csv, table_text
+from minisd.evaluate.table import legend, table_csv, table_text
 from minisd.report.write import write_report
 
 
@@ -120,12 +120,12 @@ def _summary(
 ) -> str:
     """The tables and the picks, as they are printed."""
     labels = [f"{row.candidate.step}{' *' if row.candidate.step == pick else ''}" for row in rows]
-    parts = [table_text("step", labels, [row.figures for row in rows], kinds)]
+    figures = [row.figures for row in rows]
+    parts = [table_text("step", labels, figures, kinds), legend(figures, kinds)]
     parts += [f"A copy is more than {session.training.copy_above:.3f} like a training picture.", f"* {why}"]
     if swept is not None:
         scales = [f"{row.scale:g}{' *' if row.scale == swept.suggested else ''}" for row in swept.rows]
-        table = table_text("strength", scales, [row.figures for row in swept.rows], kinds)
-        parts += [f"Step {pick} at several strengths, {len(swept.prompts)} prompts:", table.partition("\n\n")[0]]
-        parts.append(f"* {swept.why}")
+        parts.append(f"Step {pick} at several strengths, {len(swept.prompts)} prompts:")
+        parts += [table_text("strength", scales, [row.figures for row in swept.rows], kinds), f"* {swept.why}"]
     parts.append(f"Pictures and figures are in {session.folder}")
     return "\n\n".join(parts)

@@ -27,7 +27,7 @@ class Judge(Protocol):
         agreement_title: what `agreement` measures, in words.
         agreement_format: how its numbers are written, as for format().
         tolerance: how much less agreement than the base's is no loss yet.
-        style_title: what `nearness` measures, with what the training pictures reach.
+        style_title: what `nearness` measures, in words.
         copy_floor: a likeness below this is no copy, however unlike the training pictures are among themselves.
         training_features: of the training pictures, as from `features` [N, F] float32.
     """
@@ -84,9 +84,9 @@ def figure_kinds(judge: Judge) -> list[FigureKind]:
     return [
         FigureKind("held_out_ratio", "loss on held-out pictures, of the base's", "low", ".3f"),
         FigureKind("train_ratio", "loss on training pictures, of the base's", None, ".3f"),
-        FigureKind("agreement", f"{agreement}, in the style's domain", "high", number),
+        FigureKind("agreement", f"{agreement}, in the domain", "high", number),
         FigureKind("outside_agreement", f"{agreement}, outside it", "high", number),
-        FigureKind("style", f"{judge.style_title}, in the style's domain", "high", ".3f"),
+        FigureKind("style", f"{judge.style_title}, in the domain", "high", ".3f"),
         FigureKind("outside_style", f"{judge.style_title}, outside it", None, ".3f"),
         FigureKind("likeness", "highest likeness of a picture to a training picture", "low", ".3f"),
         FigureKind("copies", "pictures that are copies of a training picture", "low", ".0%"),
@@ -109,8 +109,8 @@ class TrainingPictures:
         assert len(names) == len(features)
         self.names, self.features = names, features
         likeness = features @ features.T  # [N, N]
-        different = likeness[likeness < SAME_PICTURE]  # nor each with itself
-        self.copy_above = max([copy_floor, *different.tolist()])
+        different = likeness.masked_fill(likeness >= SAME_PICTURE, -1.0)  # nor each with itself
+        self.copy_above = max(copy_floor, different.max().item())
 
     def nearest(self, features: Tensor) -> list[Nearest]:
         """The most like of them to each of some pictures [B, F]."""

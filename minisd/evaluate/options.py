@@ -25,10 +25,10 @@ class EvaluateConfig:
     """The OUTPUT folder of train.py. The run may still go on."""
     prompts: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A prompt in the style's domain; may be given several times. If none is given: captions of held-out pictures, or
-    of training pictures if none are held out."""
+    of training pictures if none are held out; on the pocket model, scenes as in the demo, but none of them."""
     outside_prompts: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A prompt outside the style's domain, drawn as it stands; may be given several times. If none is given: four
-    general ones, with the run's trigger word."""
+    general ones, with the run's trigger word; on the pocket model, scenes without a word for a style."""
     seed: int = 0
     """Seed of the first prompt's picture; the others follow."""
     num_inference_steps: int = 25

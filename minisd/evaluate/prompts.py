@@ -31,7 +31,7 @@ def prompts_to_draw(
     Args:
         config: may name prompts of either kind.
         examples: the pictures whose captions are prompts if none are named.
-        trigger: of the run; put into what does not have it, but for the outside prompts that the user named.
+        trigger: of the run; put into prompts in the domain, and into GENERAL, where it is missing.
         defaults: what takes the place of captions and GENERAL, in the domain and outside it; None for nothing.
 
     Raises:

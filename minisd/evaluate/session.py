@@ -13,7 +13,6 @@ from minisd.config import TrainConfig
 from minisd.distributed import Distributed
 from minisd.errors import DataError
 from minisd.evaluate.adapters import Checkpoints
-from minisd.evaluate.clip_files import resolve_clip
 from minisd.evaluate.clip_judge import ClipJudge
 from minisd.evaluate.clip_model import load_clip
 from minisd.evaluate.drawing import draw
@@ -29,6 +28,7 @@ from minisd.run import probe_of
 from minisd.run_setup import base_model, resolution_of
 from minisd.sampling import SamplingSettings
 from minisd.validation_loss import Probe, measure
+from minisd.vision_files import CLIP, resolve_vision_model
 from minisd.weights import StableDiffusion
 
 
@@ -93,7 +93,8 @@ def open_session(config: EvaluateConfig, run: TrainConfig) -> Session:
         MinisdError: one of them is not there, or cannot be used.
     """
     clip_name = DEFAULT_CLIP if config.clip is None and run.model != "pocket" else config.clip
-    clip_folder = None if clip_name is None else resolve_clip(clip_name)  # a name that is wrong shows at once
+    # Before anything slow: a name that is wrong shows at once.
+    clip_folder = None if clip_name is None else resolve_vision_model(CLIP, clip_name)
     for option, folder in {"data": run.data, "validation-data": run.validation_data}.items():
         if folder is not None and not folder.is_dir():
             where = "Start this in the folder that train.py was started in"
@@ -116,8 +117,6 @@ def open_session(config: EvaluateConfig, run: TrainConfig) -> Session:
         guidance_scale=config.guidance_scale,
     )
     checkpoints, probe = Checkpoints(model, run), probe_of(run, dist, model)
-    model.vae.to(dist.device)  # which left it when it had encoded the pictures
-    model.text_encoder.to(device=dist.device)
     training = TrainingPictures(pictures.names, judge.training_features, judge.copy_floor)
     return Session(run.output / "evaluation", dist, model, checkpoints, judge, training, probe, prompts, settings)
 

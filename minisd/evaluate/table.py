@@ -12,7 +12,7 @@ _BETTER = {"low": "; lower is better", "high": "; higher is better"}
 
 
 def table_text(first: str, labels: Sequence[str], rows: Sequence[Figures], kinds: Sequence[FigureKind]) -> str:
-    """Rows of figures under their names, and below them what the names mean. A column without figures is left out.
+    """Rows of figures under their names. A column without figures is left out.
 
     Args:
         first: heading of the first column.
@@ -20,10 +20,13 @@ def table_text(first: str, labels: Sequence[str], rows: Sequence[Figures], kinds
         rows: figures by name.
         kinds: the columns.
     """
-    shown = [kind for kind in kinds if any(row.get(kind.name) is not None for row in rows)]
-    columns = {first: list(labels)} | {kind.name: [_cell(row, kind) for row in rows] for kind in shown}
-    table = pd.DataFrame(columns).to_string(index=False)
-    return "\n".join([table, "", *(f"{kind.name}: {kind.title}{_BETTER.get(kind.better or '', '')}" for kind in shown)])
+    columns = {first: list(labels)} | {kind.name: [_cell(row, kind) for row in rows] for kind in _shown(rows, kinds)}
+    return pd.DataFrame(columns).to_string(index=False)
+
+
+def legend(rows: Sequence[Figures], kinds: Sequence[FigureKind]) -> str:
+    """What the columns of such a table are, one a line."""
+    return "\n".join(f"{kind.name}: {kind.title}{_BETTER.get(kind.better or '', '')}" for kind in _shown(rows, kinds))
 
 
 def table_csv(steps: Sequence[int], rows: Sequence[Figures], kinds: Sequence[FigureKind], pick: int) -> bytes:
@@ -32,6 +35,10 @@ def table_csv(steps: Sequence[int], rows: Sequence[Figures], kinds: Sequence[Fig
     columns |= {kind.name: [row.get(kind.name) for row in rows] for kind in kinds}
     columns["pick"] = [int(step == pick) for step in steps]
     return pd.DataFrame(columns).to_csv(index=False).encode()
+
+
+def _shown(rows: Sequence[Figures], kinds: Sequence[FigureKind]) -> list[FigureKind]:
+    return [kind for kind in kinds if any(row.get(kind.name) is not None for row in rows)]
 
 
 def _cell(row: Figures, kind: FigureKind) -> str:

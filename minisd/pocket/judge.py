@@ -29,6 +29,7 @@ class PocketJudge:
     name = "pocket"
     agreement_title = "colour and time of day as the prompt says"
     agreement_format = ".0%"
+    style_title = "nearness to the training pictures' blockiness"
     tolerance = 0.1
     copy_floor = 0.85
 
@@ -36,7 +37,6 @@ class PocketJudge:
         pictures = [_fitted(image) for image in training]
         self.training_features = self.features(pictures)
         self._blockiness = float(np.mean([scenes.blockiness(image) for image in pictures]))
-        self.style_title = f"edges on block borders, as near as can be to the training pictures' {self._blockiness:.3f}"
 
     def agreement(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float | None]:
         """The share of what each prompt names, colour and time of day, that its picture shows; None: it names none."""

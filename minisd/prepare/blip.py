@@ -12,8 +12,8 @@ from torch import nn
 
 from minisd.errors import UsageError, WeightsError
 from minisd.model_files import read_header, read_json
-from minisd.prepare.blip_files import TOKENIZER, WEIGHTS
 from minisd.strict_load import fill
+from minisd.vision_files import BLIP, WEIGHTS
 
 # The numbers of config.json that shape the network, and what bounds them: a billion layers, say, would be built for
 # ever before any weight is missed.
@@ -88,7 +88,7 @@ def load_captioner(
     repetition_penalty: float,
     device: torch.device | str = "cpu",
 ) -> Captioner:
-    """Load a BLIP model from a folder that blip_files.resolve_captioner has found.
+    """Load a BLIP model from a folder that vision_files.resolve_vision_model has found.
 
     Args:
         folder: with the weights as safetensors; nothing is unpickled.
@@ -199,7 +199,7 @@ def _load_tokenizer(folder: Path, vocabulary: int, end: int) -> Any:
 
     tokenizer = _loaded(folder, "tokenizer", BertTokenizer.from_pretrained)
     # Without its files transformers builds a tokenizer of five tokens, silently.
-    file = next(folder / name for name in TOKENIZER if (folder / name).is_file())
+    file = next(folder / name for name in BLIP.tokenizer if (folder / name).is_file())
     if len(tokenizer) > vocabulary or tokenizer.sep_token_id != end:
         got = f"{len(tokenizer)} tokens, {tokenizer.sep_token_id} the last of a caption"
         raise WeightsError(f"{file}: {got}; config.json has {vocabulary} and {end}. They are of different models.")

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -25,7 +26,6 @@ from minisd.distributed import Distributed, gather, process_group, wait_for_all
 from minisd.errors import DataError, one_line
 from minisd.picture_files import load_image
 from minisd.prepare.blip import load_captioner
-from minisd.prepare.blip_files import resolve_captioner
 from minisd.prepare.caption_journal import Said, delete_said, read_said, write_said
 from minisd.prepare.caption_lint import count_tokens, lint, tidy
 from minisd.prepare.options import Caption, Captioner
@@ -38,6 +38,7 @@ from minisd.prepare.table import (
     with_flags,
     write_pictures,
 )
+from minisd.vision_files import BLIP, resolve_vision_model
 
 log = logging.getLogger(__name__)
 
@@ -227,11 +228,12 @@ def _complete(words: str, captioner: Captioner) -> str:
 
 
 def _blip(captioner: Captioner, dist: Distributed) -> Describe:
+    find = partial(resolve_vision_model, BLIP, captioner.caption_model, revision=captioner.caption_revision)
     if dist.is_main:
-        resolve_captioner(captioner.caption_model, revision=captioner.caption_revision)  # downloads once, for all
+        find()  # downloads once, for all
     wait_for_all(dist)
     return load_captioner(
-        resolve_captioner(captioner.caption_model, revision=captioner.caption_revision),
+        find(),
         num_beams=captioner.num_beams,
         max_new_tokens=captioner.max_new_tokens,
         repetition_penalty=captioner.repetition_penalty,

@@ -1,10 +1,11 @@
-"""The line that draws a picture again: python sample.py with every option it needs, quoted for a shell."""
+"""The lines that draw a picture again and train a run again: every option they need, quoted for a shell."""
 
 from __future__ import annotations
 
 import re
 import shlex
 import unicodedata
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ _LAST_LINE = re.compile(
     r"Steps: (\d+), Sampler: DPM\+\+ 2M, (?:Schedule type: Uniform, )?CFG scale: ([\d.e+-]+), Seed: (\d+), "
     r"Size: (\d+)x(\d+), Model: "
 )
-# Marks that let a line be shown in another order than it is in.
+# Classes of characters that reorder what follows them.
 _REORDERING = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
 
 
@@ -102,20 +103,22 @@ def repeat_evaluation(run: RunFiles, evaluation: Evaluation, row: Row, prompt: P
     return _command(run.config, recipe, lora, f"evaluation/{name}")
 
 
+def repeat_training(run: RunFiles) -> Command:
+    """The command that trains the same again, beside the run: it publishes nothing, where the run did."""
+    options: dict[str, object] = {"config": f"{_output(run)}/config.json", "output": "trained-again"}
+    unpublished = " --no-push-to-hub --hub-model-id None --no-hub-private-repo --hub-license None"
+    return _line("python train.py" + (unpublished if run.config.push_to_hub else ""), options)
+
+
 def _command(config: TrainConfig, recipe: Recipe, lora: str, name: str) -> Command:
     """`lora` is the value of --lora, "" if its file is gone."""
     if not lora:
         return Command(missing="The checkpoint of this step was not kept, so it cannot be drawn again.")
-    if any(unicodedata.category(c) == "Cc" or unicodedata.bidirectional(c) in _REORDERING for c in recipe.prompt):
-        return Command(missing="Its prompt has characters that are not for a command line.")
-    model: dict[str, object] = {
+    options: dict[str, object] = {
         "model": config.model,
         "revision": config.revision,
         "variant": config.variant,
         "prediction-type": config.prediction_type,
-    }
-    options: dict[str, object] = {
-        **model,
         "lora": lora,
         "prompt": recipe.prompt,
         "seed": recipe.seed,
@@ -128,13 +131,26 @@ def _command(config: TrainConfig, recipe: Recipe, lora: str, name: str) -> Comma
         "precision": _PRECISIONS[config.mixed_precision],
         "output": f"drawn-again/{name}",
     }
-    lines = ["python sample.py"]
+    return _line("python sample.py", options)
+
+
+def _line(program: str, options: Mapping[str, object]) -> Command:
+    """The program with those of its options that are not None."""
+    lines = [program]
     for option, value in options.items():
         if value is not None:
-            text = shlex.quote(str(value))
+            said = str(value)
+            if any(map(_misleads, said)):
+                return Command(missing=f"Its {option} has characters that are not for a command line.")
+            text = shlex.quote(said)
             # Joined by "=", a value may begin with a dash.
-            lines.append(f"--{option}={text}" if str(value).startswith("-") else f"--{option} {text}")
+            lines.append(f"--{option}={text}" if said.startswith("-") else f"--{option} {text}")
     return Command(line=" \\\n  ".join(lines))
+
+
+def _misleads(character: str) -> bool:
+    """Whether a terminal may act on it, or show a line with it in another order than it is in."""
+    return unicodedata.category(character) in ("Cc", "Cs") or unicodedata.bidirectional(character) in _REORDERING
 
 
 def _output(run: RunFiles) -> str:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minisd.report.run_files import read_bytes
+from minisd.report.run_files import number, read_bytes
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +111,7 @@ def read_evaluation(run: Path) -> Evaluation | None:
         return None
     try:
         return _evaluation(json.loads(raw))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         log.warning("evaluation.json is left out, it cannot be read (%s): run python -m minisd.evaluate again",
                     type(error).__name__)  # fmt: skip
         return None
@@ -127,7 +126,12 @@ def _evaluation(raw: Mapping[str, Any]) -> Evaluation:
             Prompt(text=str(one["text"]), inside=bool(one["inside"]), seed=int(one["seed"])) for one in raw["prompts"]
         ),
         figures=tuple(
-            Figure(name=one["name"], title=one["title"], better=one["better"] or "", format=one["format"])
+            Figure(
+                name=str(one["name"]),
+                title=str(one["title"]),
+                better=str(one["better"] or ""),
+                format=str(one["format"]),
+            )
             for one in raw["figures"]
         ),
         rows=tuple(_row(one, int(one["step"]), 1.0, one["lora"] or "") for one in raw["rows"]),
@@ -157,14 +161,10 @@ def _row(raw: Mapping[str, Any], step: int, scale: float, lora: str) -> Row:
         step=step,
         scale=scale,
         lora=lora,
-        figures={name: _number(value) for name, value in raw["figures"].items()},
+        figures={name: number(value) for name, value in raw["figures"].items()},
         pictures=tuple(map(str, raw["pictures"])),
         nearest=tuple(
             Nearest(training=str(one["training"]), likeness=float(one["likeness"]), is_copy=bool(one["copy"]))
             for one in raw.get("nearest") or ()
         ),
     )
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None

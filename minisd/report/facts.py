@@ -16,7 +16,7 @@ from minisd.report.run_files import Points, RunFiles
 
 # Options that are about this machine, or about where the result goes, and not about the run.
 _NOT_SHOWN = {"output", "cache_dir", "debug", "preflight", "resume_from_checkpoint", "allow_change", "report",
-              "report_to", "push_to_hub", "hub_model_id", "hub_private_repo"}  # fmt: skip
+              "report_to", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_license"}  # fmt: skip
 _TARGETS = {"attn": "attention projections", "attn+ff": "attention projections and feed-forward layers",
             "all": "attention projections, feed-forward layers and convolutions"}  # fmt: skip
 _STATES = {
@@ -201,7 +201,7 @@ def _text(value: Any) -> str:
     if isinstance(value, tuple):
         return "\n".join(map(str, value))
     if isinstance(value, float):
-        return f"{value:g}"
+        return str(value)
     path = Path(str(value))
     if path.is_absolute() or str(value).startswith("~") or ".." in path.parts:
         return path.name

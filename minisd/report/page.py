@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from datetime import datetime
 from pathlib import Path
 
 from minisd import html_page
 from minisd.errors import one_line
 from minisd.report import facts, views
+from minisd.report.commands import repeat_training
 from minisd.report.evaluation import Evaluation
 from minisd.report.pictures import Dataset, bucket_counts
 from minisd.report.run_files import RunFiles
@@ -22,8 +22,6 @@ def render(run: RunFiles, evaluation: Evaluation | None) -> str:
     dataset = Dataset(run.config, list(run.buckets), run.held_out)
     script, style = (_HERE.joinpath(f"report.{kind}").read_text(encoding="ascii") for kind in ("js", "css"))
     state, state_kind = facts.state(run)
-    options = facts.options(run.config)
-    output = run.config.output.as_posix()
     return (
         html_page.environment(_HERE)
         .get_template("report.html.jinja")
@@ -51,8 +49,8 @@ def render(run: RunFiles, evaluation: Evaluation | None) -> str:
             captions=facts.captions_in_words(dataset.captions),
             buckets=bucket_counts(run.buckets),
             mean_crop=facts.mean_crop(run),
-            options=options,
+            options=facts.options(run.config),
             machine=facts.machine(run),
-            again=shlex.join(["python", "train.py", "--config", f"{output}/config.json", "--output", "trained-again"]),
+            again=repeat_training(run),
         )
     )

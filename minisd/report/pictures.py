@@ -65,7 +65,7 @@ def show(path: Path, longest: int) -> Shown:
     """A small version of a picture, its longer side at most `longest` pixels; MISSING if it cannot be read."""
     try:
         image = load_image(path)
-        parameters = _text_of(path)
+        parameters = text_of(path)
     except DataError as error:
         log.warning("shown without its picture: %s", one_line(str(error)))
         return MISSING
@@ -80,13 +80,18 @@ def show(path: Path, longest: int) -> Shown:
 
 
 def show_inside(folder: Path, name: str, longest: int) -> Shown:
-    """The same of a picture that a file names: MISSING if the name leads out of the folder, or to nothing."""
+    """The same of a picture in a folder of the run: MISSING if the name, or a link, leads out of it, or to nothing."""
+    path = find_inside(folder, name)
+    return MISSING if path is None else show(path, longest)
+
+
+def find_inside(folder: Path, name: str) -> Path | None:
+    """A file in a folder of the run, without links; None, and a warning, if the name leads out of it, or to nothing."""
     try:
-        path = resolve_inside(folder.resolve(), folder, name, "evaluation.json")
+        return resolve_inside(folder.resolve(), folder, name, folder.name)
     except DataError as error:
-        log.warning("shown without its picture: %s", one_line(str(error)))
-        return MISSING
-    return show(path, longest)
+        log.warning("left out: %s", one_line(str(error)))
+        return None
 
 
 class Dataset:
@@ -171,8 +176,8 @@ def longest_side(count: int) -> int:
     return 384 if count <= 100 else 256 if count <= 250 else 192
 
 
-def _text_of(path: Path) -> str:
-    """The text that save_png puts into a picture; "" if it has none."""
+def text_of(path: Path) -> str:
+    """The text that save_png puts into a picture; "" if it has none. Raises DataError if it is no regular file."""
     with open_regular(path) as file:
         try:
             with Image.open(file, formats=("PNG",)) as image:

@@ -24,7 +24,10 @@ from minisd.run_status import dead_ranks, read_status
 Points = list[tuple[int, float]]  # (step, value), by step
 
 _STEP = re.compile(r"step-(\d{6,12})")
-_ABSOLUTE = re.compile(r"""(?<![^\s'"(=:,])(?:/|~[/\\]|[A-Za-z]:[/\\])(?:[^\s'"/\\]+[/\\])+""")
+# Up to the last slash; in quotes, as most messages name a file, a folder may have spaces.
+_ABSOLUTE = re.compile(
+    r"""(?<=')/[^']*/|(?<=")/[^"]*/|(?<![^\s'"(=:,])(?:/|~[/\\]|[A-Za-z]:[/\\])(?:[^\s'"/\\]+[/\\])+"""
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +98,8 @@ def read_run(folder: Path) -> RunFiles:
     progress = {**_mapping(content.get("run")), **_mapping(content.get("circumstances"))}
     status = read_status(folder)
     step = max([0, *(points[-1][0] for points in metrics.values() if points)])
-    if not metrics and isinstance(status.get("step"), int):
-        step = status["step"]
+    if not metrics:
+        step = _steps(status.get("step")) or 0
     total_steps = total_steps_of(config, progress)
     has_lora = (folder / "lora.safetensors").is_file()
     state = state_of(status, has_lora=has_lora)
@@ -108,12 +111,12 @@ def read_run(folder: Path) -> RunFiles:
         step=step,
         total_steps=total_steps,
         metrics=metrics,
-        validation={probe: _ratios(json_lines(folder / "validation.jsonl"), probe) for probe in ("train", "held_out")},
+        validation={probe: ratios(json_lines(folder / "validation.jsonl"), probe) for probe in ("train", "held_out")},
         probe=_read_json(folder / "probe.json"),
         checkpoints=tuple(checkpoints),
         final_lora=has_lora and state == "complete" and total_steps in (None, step),
         progress=progress,
-        buckets=_table(folder / "pictures.csv"),
+        buckets=picture_rows(folder / "pictures.csv"),
         samples={
             step: tuple(sorted(path.name for path in (folder / "samples" / f"step-{step:06d}").glob("*.png")))
             for step in sorted(_steps_in(folder / "samples", ""))
@@ -125,8 +128,7 @@ def total_steps_of(config: TrainConfig, progress: Mapping[str, Any]) -> int | No
     """The run's length in steps; that of a run given in epochs is known from its first checkpoint on."""
     if config.num_train_epochs is None:
         return DEFAULT_STEPS if config.max_train_steps is None else config.max_train_steps
-    steps = progress.get("max_train_steps")
-    return steps if isinstance(steps, int) else None
+    return _steps(progress.get("max_train_steps"))
 
 
 def state_of(status: Mapping[str, Any], *, has_lora: bool) -> str:
@@ -149,15 +151,29 @@ def series(lines: Iterable[Mapping[str, Any]]) -> dict[str, Points]:
     """Name -> (step, value) of each line that has both as finite numbers."""
     found: dict[str, Points] = {}
     for line in lines:
-        step = line.get("step")
-        if type(step) is int:
-            for name, value in line.items():
-                if name != "step" and type(value) in (int, float) and math.isfinite(value):
+        step = _steps(line.get("step"))
+        if step is not None:
+            for name, raw in line.items():
+                if name != "step" and (value := number(raw)) is not None:
                     found.setdefault(name, []).append((step, value))
     return found
 
 
-def _ratios(lines: Iterable[Mapping[str, Any]], probe: str) -> dict[str, Points]:
+def number(value: Any) -> float | None:
+    """A number in a file; None of anything else, and of one that is not finite."""
+    try:
+        found = float(value) if type(value) in (int, float) else math.nan
+    except OverflowError:  # JSON's whole numbers have no end
+        return None
+    return found if math.isfinite(found) else None
+
+
+def _steps(value: Any) -> int | None:
+    """A number of steps in a file; None of anything else."""
+    return value if type(value) is int and 0 <= value < 10**12 else None
+
+
+def ratios(lines: Iterable[Mapping[str, Any]], probe: str) -> dict[str, Points]:
     """The ratio and the bands of one probe in validation.jsonl."""
     flat = []
     for line in lines:
@@ -218,7 +234,7 @@ def _steps_in(folder: Path, file: str) -> list[int]:
     return [int(match[1]) for path, match in found if (path / file).exists()]
 
 
-def _table(path: Path) -> dict[str, dict[str, str]]:
+def picture_rows(path: Path) -> dict[str, dict[str, str]]:
     """The rows of pictures.csv that are whole, by file name."""
     text = io.StringIO(read_bytes(path).decode("utf-8", "replace"), newline="")
     try:

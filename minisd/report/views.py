@@ -8,7 +8,7 @@ from pathlib import Path
 
 from minisd.report.commands import Command, recipe_of, repeat_along_run, repeat_evaluation
 from minisd.report.evaluation import Evaluation, Figure, Nearest, Prompt, Row
-from minisd.report.pictures import MISSING, Dataset, Shown, TrainingPicture, longest_side, show, show_inside, spread
+from minisd.report.pictures import MISSING, Dataset, Shown, TrainingPicture, longest_side, show_inside, spread
 from minisd.report.run_files import RunFiles
 
 MAX_ALONG = 240  # pictures along the run
@@ -113,7 +113,7 @@ def along_run(run: RunFiles) -> Along:
 
 
 def _along(run: RunFiles, step: int, name: str, longest: int) -> Drawn:
-    shown = show(run.folder / "samples" / f"step-{step:06d}" / name, longest)
+    shown = show_inside(run.folder / "samples", f"step-{step:06d}/{name}", longest)
     recipe = recipe_of(shown.parameters, run.config)
     return Drawn(
         shown=shown,

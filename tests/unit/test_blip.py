@@ -8,6 +8,7 @@ import json
 import shutil
 import socket
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ from minisd.errors import MinisdError, NetworkError, UsageError, WeightsError
 from minisd.pocket import scenes
 from minisd.prepare import blip
 from minisd.prepare.blip import Captioner, load_captioner
-from minisd.prepare.blip_files import resolve_captioner
+from minisd.vision_files import BLIP, resolve_vision_model
 from tests.fake_hub import COMMIT, Failure, FakeHub, fake_hub
 from tests.tiny_blip import write_tiny_blip
 
 REPO = "someone/tiny-blip"
+resolve_captioner = partial(resolve_vision_model, BLIP)
+
 EMBEDDINGS = "text_decoder.bert.embeddings.word_embeddings.weight"
 DECODER = "text_decoder.cls.predictions.decoder.weight"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPProcessor
 
 from minisd.errors import MinisdError, NetworkError, WeightsError
-from minisd.evaluate.clip_files import resolve_clip
 from minisd.evaluate.clip_judge import ClipJudge
 from minisd.evaluate.clip_model import load_clip
 from minisd.pocket import scenes
+from minisd.vision_files import CLIP, resolve_vision_model
 from tests.fake_hub import fake_hub
 from tests.tiny_clip import write_tiny_clip
+
+resolve_clip = partial(resolve_vision_model, CLIP)
 
 TEXTS = ["the cat", "a city and the cat " * 40, "", "it"]
 

@@ -68,16 +68,20 @@ def evaluate(run: Path) -> None:
     for step, agreement in ((0, 0.5), (500, 0.75), (1000, 0.25)):
         draw(run / "evaluation" / f"step-{step:06d}" / "00.png", "8bit moon", "yellow")
         figures = {"held_out_ratio": None, "agreement": agreement}
-        rows.append({"step": step, "figures": figures, "pictures": [f"step-{step:06d}/00.png"]})
+        lora = f"checkpoints/step-{step:06d}/lora.safetensors" if step else None
+        rows.append({"step": step, "lora": lora, "figures": figures, "pictures": [f"step-{step:06d}/00.png"]})
     shown = [
-        {"name": "held_out_ratio", "title": "?", "format": ".3f"},
-        {"name": "agreement", "title": "a | b", "format": ".0%"},
+        {"name": "held_out_ratio", "title": "?", "better": "low", "format": ".3f"},
+        {"name": "agreement", "title": "a | b", "better": "high", "format": ".0%"},
     ]
     evaluation = {
+        "judge": "pocket",
+        "prompts": [{"text": "8bit moon", "inside": True, "seed": 5}],
         "figures": shown,
         "rows": rows,
         "pick": {"step": 500, "why": "nearest to the <style>"},
-        "sweep": {"step": 500, "suggested": 0.7},
+        "settings": {},
+        "sweep": {"step": 500, "prompts": [], "rows": [], "suggested": 0.7, "why": ""},
     }
     (run / "evaluation" / "evaluation.json").write_text(json.dumps(evaluation))
 
@@ -229,6 +233,11 @@ def test_pictures_and_figures_are_those_of_the_lora_that_is_published(tmp_path: 
     assert "nearest to" not in text
     assert "<lora:my-8bit_style:1.0>" in text  # the sweep was of the other step
     assert "| steps | 1000 |" in text
+    path = run / "evaluation" / "evaluation.json"
+    path.write_text(json.dumps((whole := json.loads(path.read_text())) | {"rows": whole["rows"][:2]}))
+    text = card_of(publication(run))  # an evaluation from before this step
+    assert "8bit castle" in text
+    assert "| loss on training pictures, of the base's | 1 | 1.000 |" in text
 
     write_lora(run / "other.safetensors")
     files = publication(run, "other.safetensors")
@@ -240,15 +249,41 @@ def test_pictures_and_figures_are_those_of_the_lora_that_is_published(tmp_path: 
 def test_only_pictures_that_minisd_drew_are_published(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = write_run(tmp_path, ("a", "b", "c"))
     samples = run / "samples" / "step-001000"
-    save_png(Image.new("RGB", (64, 64)), tmp_path / "training.png", parameters="a\nSteps: 20, Version: v1.10.1")
     (samples / "00-0.png").unlink()
-    (samples / "00-0.png").symlink_to(tmp_path / "training.png")
+    save_png(Image.new("RGB", (64, 64)), samples / "00-0.png", parameters="a\nSteps: 20, Version: v1.10.1")
     (samples / "01-0.png").write_bytes((samples / "01-0.png").read_bytes()[:-40])
     files = publication(run)
     assert sorted(name for name in files if name.startswith("images/")) == ["images/00.png", "images/grid.png"]
     assert files["images/00.png"] == (samples / "02-0.png").read_bytes()
     assert "not drawn by minisd" in caplog.text
-    assert "not a picture" in caplog.text
+    assert "damaged" in caplog.text
+
+
+def test_no_picture_outside_the_run_is_published(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    draw(tmp_path / "other.png", "secret", "pink")
+    samples = run / "samples" / "step-001000"
+    (samples / "00-0.png").unlink()
+    (samples / "00-0.png").symlink_to(tmp_path / "other.png")
+    files = publication(run)
+    assert files["images/00.png"] == (samples / "01-0.png").read_bytes()
+    evaluate(run)
+    path = run / "evaluation" / "evaluation.json"
+    for name in ("../../other.png", str(tmp_path / "other.png"), "\0", 7):
+        evaluation = json.loads(path.read_text())
+        evaluation["rows"][2]["pictures"] = [name]
+        path.write_text(json.dumps(evaluation))
+        assert not any(name.startswith("images/") for name in publication(run)), name
+
+
+def test_an_evaluation_that_cannot_be_read_does_not_hold_up_the_publication(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    (run / "validation.jsonl").write_text('{"step": 1000, "held_out": {"ratio": 0.75}}\n[\n')
+    (run / "evaluation").mkdir()
+    for damaged in ("[]", '{"pick": {"step": "1000"}}', '{"rows": [{"step": 1000}]}', "{"):
+        (run / "evaluation" / "evaluation.json").write_text(damaged)
+        text = card_of(publication(run))
+        assert "| loss on held-out pictures, of the base's | 1 | 0.750 |" in text
 
 
 def test_a_lora_of_another_program_is_refused(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from minisd.errors import NetworkError, UsageError, run_script
 from minisd.hub_upload import check_can_push
 from minisd.lora_reader import read_lora_info
 from minisd.publish import Publish, main, parse_options, publish
-from tests.fake_hub import Failure, FakeHub, fake_hub
+from tests.fake_hub import Failure, fake_hub, log_in, send_to
 from tests.unit.test_model_card import REPO, write_run
 
 TOKEN = "hf_secret_token"
@@ -30,21 +30,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of an empty repository, and a client that is logged in and does not wait before it tries again."""
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
+    """The folder of an empty repository, and a client that is logged in."""
+    log_in(TOKEN, tmp_path, monkeypatch)
     (tmp_path / "repository").mkdir()
     return tmp_path / "repository"
-
-
-def serve(served: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "ENDPOINT", served.endpoint)
-    template = served.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -56,7 +45,7 @@ def test_what_is_published_is_what_can_be_fetched(
 ) -> None:
     caplog.set_level(logging.INFO)
     with fake_hub(hub, REPO, token=TOKEN) as served:
-        serve(served, monkeypatch)
+        send_to(served, monkeypatch)
         check_can_push(REPO, private=True, license_name="cc-by-4.0")
         assert publish(Publish(run=run, hub_model_id=REPO, private=True)) == f"{served.endpoint}/{REPO}"
         assert contents(hub) == contents(run / "hub")
@@ -104,7 +93,7 @@ def test_a_failure_is_one_line_and_says_how_to_publish_later(
 ) -> None:
     monkeypatch.setattr(hub_upload, "_SECONDS", 0.3 if failure == "slow" else 10.0)
     with fake_hub(hub, REPO, failure, only, token=TOKEN) as served:
-        serve(served, monkeypatch)
+        send_to(served, monkeypatch)
         options = Publish(run=run, hub_model_id=REPO, license="openrail++", private=True, lora=run / "lora.safetensors")
         assert run_script(partial(main, options), debug=False) == NetworkError.exit_code
         said = capsys.readouterr().err.splitlines()[-1]
@@ -120,7 +109,7 @@ def test_a_failure_is_one_line_and_says_how_to_publish_later(
 
 def test_a_run_learns_at_its_start_that_it_cannot_push(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with fake_hub(hub, REPO, token=TOKEN) as served:
-        serve(served, monkeypatch)
+        send_to(served, monkeypatch)
         with pytest.raises(UsageError, match="licence 'mine': the Hub does not know it"):
             check_can_push(REPO, private=False, license_name="mine")
         served.failure, served.only = 403, "/auth-check/write"
@@ -161,7 +150,7 @@ def test_what_the_library_for_large_files_says_is_understood(
 
     monkeypatch.setattr("huggingface_hub.HfApi.create_commit", refused)
     with fake_hub(hub, REPO, token=TOKEN) as served:
-        serve(served, monkeypatch)
+        send_to(served, monkeypatch)
         with pytest.raises(NetworkError, match=r"the token may not write there \(HTTP 403\)"):
             publish(Publish(run=run, hub_model_id=REPO))
 

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import socket
 import subprocess
 from itertools import pairwise
@@ -20,12 +21,12 @@ from minisd.config import TrainConfig
 from minisd.errors import DataError
 from minisd.images import save_png
 from minisd.report import facts
-from minisd.report.commands import Command, recipe_of, repeat_along_run, repeat_evaluation
+from minisd.report.commands import Command, recipe_of, repeat_along_run, repeat_evaluation, repeat_training
 from minisd.report.curves import MAX_POINTS, Line, make_chart, thin, ticks
 from minisd.report.evaluation import read_evaluation
 from minisd.report.pictures import show
 from minisd.report.run_files import json_lines, read_run, series, without_folders
-from minisd.report.views import along_run
+from minisd.report.views import along_run, sweep_table
 from minisd.report.write import write_report
 from minisd.sample_config import SampleConfig
 from tests.report_run import PROMPTS, STEPS, drawing, text_of, write_dataset, write_evaluation, write_run, write_status
@@ -75,7 +76,7 @@ def page_of(run: Path) -> Page:
 def words_of(command: Command) -> list[str]:
     """The arguments that a shell makes of a command."""
     assert not command.missing
-    shown = command.line.replace("python sample.py", "printf '%s\\0'", 1)
+    shown = re.sub("^python (sample|train).py", r"printf '%s\\0'", command.line)
     return subprocess.run(["sh", "-c", shown], capture_output=True, text=True, check=True).stdout.split("\0")[:-1]
 
 
@@ -100,7 +101,8 @@ def test_a_run_is_read_whole(run: Path) -> None:
 def test_a_torn_or_foreign_line_costs_that_line_only(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     odd = ['{"step": 1, "loss": 1}', "[1]", "7", "", "\0", '{"step": true, "loss": 9}', "[" * 100_000,
-           '{"step": 2, "loss": NaN, "lr": "a"}', '{"step": 4, "loss": 2.5}', '{"step": 5, "lo']  # fmt: skip
+           '{"step": 2, "loss": NaN, "lr": "a"}', f'{{"step": 3, "loss": 1{400 * "0"}}}', '{"step": -1, "loss": 1}',
+           f'{{"step": 1{400 * "0"}, "loss": 1}}', '{"step": 4, "loss": 2.5}', '{"step": 5, "lo']  # fmt: skip
     path.write_text("\n".join(odd))
     assert series(json_lines(path)) == {"loss": [(1, 1), (4, 2.5)]}
     assert json_lines(tmp_path / "none") == []
@@ -135,6 +137,17 @@ def test_damaged_files_do_not_hold_up_the_page(run: Path, damage: str) -> None:
     assert "alpha / rank 1" in page_of(run).text
 
 
+def test_an_evaluation_is_read_with_its_sweep_or_not_at_all(run: Path) -> None:
+    evaluation = read_evaluation(run)
+    assert evaluation is not None
+    table = sweep_table(read_run(run), evaluation)
+    assert table is not None
+    assert all(column.drawn[1].shown.address for column in table.columns)
+    for odd in (math.inf, math.nan, "a", None):
+        write_evaluation(run, pick={"step": odd, "why": ""})
+        assert read_evaluation(run) is None
+
+
 def test_how_a_run_stands(run: Path) -> None:
     here, gone = socket.gethostname(), subprocess.Popen(["true"])
     gone.wait()
@@ -154,6 +167,9 @@ def test_nothing_outside_the_run_and_the_data_is_read(run: Path, caplog: pytest.
     drawing(500, run.parent / "secret.png")
     secret = show(run.parent / "secret.png", 384).address
     (run / "evaluation" / "link.png").symlink_to(run.parent / "secret.png")
+    (run / "samples" / "step-000030").symlink_to(run.parent)
+    assert not along_run(read_run(run)).cells[-1].drawn[30].shown.address
+    (run / "samples" / "step-000030").unlink()
     content = json.loads((run / "evaluation" / "evaluation.json").read_text())
     honest = len(page_of(run).all("img"))
     names = ["../../secret.png", str(run.parent / "secret.png"), "link.png", "step-000010/00.png\0", ".", ""]
@@ -205,6 +221,7 @@ def test_the_page_tells_no_folder_user_or_host(run: Path) -> None:
     assert where not in text
     assert "secret-host" not in text
     assert without_folders("a /x/y/z b ~/k/l 1/2 and/or C:\\w\\v, './u/t'") == "a z b l 1/2 and/or v, './u/t'"
+    assert without_folders("'/a b/c d/e f': no, \"/g's h/i\" or '/j'") == "'e f': no, \"i\" or '/j'"
 
 
 def test_the_recipe_begins_with_what_is_not_the_default(tmp_path: Path) -> None:
@@ -340,6 +357,30 @@ def test_what_would_show_otherwise_than_it_is_gets_no_line(run: Path, prompt: st
     found = read_run(run)
     command = repeat_along_run(found, recipe_of(text_of(prompt, 10, 0), found.config), 10, "00-0")
     assert command == Command(missing="Its prompt has characters that are not for a command line.")
+
+
+def test_nor_does_a_line_with_such_an_option(run: Path) -> None:
+    """config.json may come from a stranger."""
+    content = json.loads((run / "config.json").read_text())
+    for name, option in [("output", "output"), ("model", "model"), ("revision", "revision")]:
+        (run / "config.json").write_text(json.dumps(content | {name: "a\x1b[201~\nid"}))
+        found = read_run(run)
+        recipe = recipe_of(text_of("a", 10, 0), found.config)
+        command = repeat_along_run(found, recipe, 10, "00-0")
+        assert command.missing.startswith(f"Its {'lora' if option == 'output' else option} has characters")
+        assert bool(repeat_training(found).missing) == (name == "output")
+        write_report(run)
+
+
+def test_training_again_is_the_same_run_and_publishes_nothing(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = json.loads((run / "config.json").read_text())
+    hub = {"push_to_hub": True, "hub_model_id": "a/b", "hub_private_repo": True, "hub_license": "mit"}
+    monkeypatch.chdir(run.parent)
+    for more in ({}, hub):
+        (run / "config.json").write_text(json.dumps(content | more))
+        options: Any = parse_args(TrainConfig, words_of(repeat_training(read_run(run))))
+        assert options == TrainConfig(**vars(read_run(run).config) | dict.fromkeys(hub, None) | {
+            "output": Path("trained-again"), "push_to_hub": False, "hub_private_repo": False})  # fmt: skip
 
 
 def test_which_lora_a_picture_is_drawn_with_again(run: Path) -> None:
