@@ -260,7 +260,7 @@ def show(config: TrainConfig) -> None:
     """Write the report of a complete run, and publish the run, where that is asked for. On the main rank.
 
     Raises:
-        NetworkError: the Hub cannot be reached, or refuses; says how to publish later.
+        MinisdError: the run cannot be published; where the Hub is the reason, it says how to publish later.
     """
     if config.report:
         try:

@@ -56,6 +56,11 @@ def read_pictures(config: TrainConfig, dist: Distributed) -> tuple[Pictures, Pic
     Raises:
         DataError: a dataset cannot be used, the split leaves a side empty, or a picture is on both sides.
     """
+    if config.validation_data is not None and config.validation_data.resolve() == config.data.resolve():
+        raise DataError(
+            f"--validation-data {config.validation_data}: this is --data itself, expected pictures that are not "
+            "trained on. Give another folder, or --validation-split 0.1."
+        )
     pictures = _read(config.data, config.trigger, dist)
     if config.validation_split:
         return _split(pictures, config.validation_split, config.seed)

@@ -53,8 +53,8 @@ def choose(
     known = [ratio for ratio in ratios if ratio is not None]
     index = near[ratios.index(min(known))] if len(known) == len(near) else near[0]
     reasons = [
-        f"nearness to the style {_style(candidates[index]):.3f}, where the base has {start:.3f} and the most is "
-        f"{best:.3f}",
+        f"nearness to the style {_style(candidates[index]):.3f}, where the base has {start:.3f} and the most of "
+        f"those that follow their prompts {best:.3f}",
         _kept(base, candidates[index], number),
         "no copies" if _copies(candidates[index]) == 0 else f"{_copies(candidates[index]):.0%} copies as of the base",
     ]

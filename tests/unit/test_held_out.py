@@ -107,3 +107,5 @@ def test_pictures_of_validation_data_that_are_trained_on_are_refused(data, tmp_p
     with pytest.raises(DataError, match=r"2 of its 3 pictures are in --data as well \('renamed 7.png' is one\)"):
         read_pictures(config_of(data, validation_data=mixed, **options), ALONE)
     assert read_pictures(config_of(data, **options), ALONE)[1] is None
+    with pytest.raises(DataError, match=r"is --data itself.*another folder"):  # and not: delete them in one of the two
+        read_pictures(config_of(data, validation_data=data / ".", **options), ALONE)
