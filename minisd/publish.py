@@ -68,12 +68,12 @@ def publish(options: Publish) -> str:
         NetworkError: the Hub cannot be reached, or refuses; says how to try again.
         DiskError: RUN/hub cannot be written.
     """
+    repo = options.hub_model_id
+    check_hub_model_id(repo)
     # Only here: they load torch, which takes seconds that --help and a refused option do not need.
     from minisd.hub_upload import upload
     from minisd.publication import FOLDER, write_publication
 
-    repo = options.hub_model_id
-    check_hub_model_id(repo)
     lora = options.run / "lora.safetensors" if options.lora is None else options.lora
     names = write_publication(options.run, repo, lora, options.license)
     folder = options.run / FOLDER

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from minisd.errors import UsageError, WeightsError
 from minisd.hub import Wanted, fetch_repository, is_repo_id, local_path
@@ -14,6 +15,17 @@ from minisd.model_files import CONVERT_HINT, PICKLE_SUFFIXES
 WEIGHTS = "model.safetensors"
 _PICTURES = ("preprocessor_config.json", "processor_config.json")  # how pictures are prepared: either file says it
 _OPTIONAL = ("merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+# The numbers of config.json that shape the network, and what bounds them: a billion layers, say, would be built for
+# ever before any weight is missed.
+WIDEST = 16_384
+_SIZES = {
+    "hidden_size": WIDEST,
+    "intermediate_size": 65_536,
+    "num_hidden_layers": 128,
+    "num_attention_heads": 256,
+}
+TEXT_SIZES = _SIZES | {"vocab_size": 1_000_000, "max_position_embeddings": 4_096}
+VISION_SIZES = _SIZES | {"image_size": 2_048, "patch_size": 256}
 
 
 @dataclass(frozen=True)
@@ -73,6 +85,33 @@ def resolve_vision_model(kind: VisionModel, name: str, *, revision: str | None =
         raise UsageError(f"--caption-revision {revision}: only a Hub repository has revisions, not {name!r}.")
     _check(kind, folder)
     return folder
+
+
+def checked_section(
+    section: str, values: Mapping[str, Any], sizes: Mapping[str, int], activations: Sequence[str]
+) -> dict[str, Any]:
+    """The fields of config.json that shape one of a model's two networks, those that are given; null counts as absent.
+
+    Args:
+        section: its name, such as "text_config".
+        values: its content.
+        sizes: TEXT_SIZES or VISION_SIZES.
+        activations: those that can be had.
+
+    Raises:
+        ValueError: a field is of the wrong type or too large.
+    """
+    given = {name: values[name] for name in (*sizes, "layer_norm_eps", "hidden_act") if values.get(name) is not None}
+    for name, most in sizes.items():
+        if name in given and (type(given[name]) is not int or not 1 <= given[name] <= most):
+            raise ValueError(f"{section}: {name}={given[name]!r} is not a whole number from 1 to {most}")
+    eps = given.get("layer_norm_eps", 1e-5)
+    if type(eps) is not float or not 0 < eps < 1:
+        raise ValueError(f"{section}: layer_norm_eps={eps!r} is not a small number")
+    if "hidden_act" in given and given["hidden_act"] not in activations:
+        kinds = f"only {' and '.join(map(repr, activations))} {'is' if len(activations) == 1 else 'are'}"
+        raise ValueError(f"{section}: hidden_act={given['hidden_act']!r} is not supported ({kinds})")
+    return given
 
 
 def _check(kind: VisionModel, folder: Path) -> None:

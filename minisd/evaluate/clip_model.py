@@ -18,18 +18,8 @@ from minisd.clip import load_tokenizer
 from minisd.errors import WeightsError
 from minisd.model_files import read_json
 from minisd.strict_load import fill
-from minisd.vision_files import WEIGHTS
+from minisd.vision_files import TEXT_SIZES, VISION_SIZES, WEIGHTS, WIDEST, checked_section
 
-# The numbers of config.json that shape the network, and what bounds them: a billion layers, say, would be built for
-# ever before any weight is missed.
-_SIZES = {
-    "hidden_size": 16_384,
-    "intermediate_size": 65_536,
-    "num_hidden_layers": 128,
-    "num_attention_heads": 256,
-}
-_TEXT_SIZES = _SIZES | {"vocab_size": 1_000_000, "max_position_embeddings": 4_096}
-_VISION_SIZES = _SIZES | {"image_size": 2_048, "patch_size": 256}
 # What a file leaves out is as transformers has it, which are ViT-B/32's sizes. These two are looked at here.
 _TEXT_DEFAULTS = {"hidden_size": 512, "num_attention_heads": 8}
 _VISION_DEFAULTS = {"hidden_size": 768, "num_attention_heads": 12}
@@ -115,11 +105,11 @@ def clip_model_on_meta(raw: Mapping[str, Any], *, end: int) -> Any:
     if raw.get("model_type") != "clip":
         raise ValueError(f"model_type={raw.get('model_type')!r} is not supported (only 'clip' is)")
     width = raw.get("projection_dim", 512)
-    if type(width) is not int or not 1 <= width <= _SIZES["hidden_size"]:
-        raise ValueError(f"projection_dim={width!r} is not a whole number from 1 to {_SIZES['hidden_size']}")
-    text = _section(raw, "text_config", _TEXT_SIZES, _TEXT_DEFAULTS)
+    if type(width) is not int or not 1 <= width <= WIDEST:
+        raise ValueError(f"projection_dim={width!r} is not a whole number from 1 to {WIDEST}")
+    text = _section(raw, "text_config", TEXT_SIZES, _TEXT_DEFAULTS)
     text |= {"bos_token_id": 0, "eos_token_id": end, "pad_token_id": 1}
-    vision = _section(raw, "vision_config", _VISION_SIZES, _VISION_DEFAULTS)
+    vision = _section(raw, "vision_config", VISION_SIZES, _VISION_DEFAULTS)
     config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=width)
     with torch.device("meta"):
         network = CLIPModel(config)
@@ -132,23 +122,13 @@ def clip_model_on_meta(raw: Mapping[str, Any], *, end: int) -> Any:
 def _section(
     raw: Mapping[str, Any], section: str, sizes: Mapping[str, int], defaults: Mapping[str, int]
 ) -> dict[str, Any]:
-    """The checked fields of one of the two networks; null counts as absent."""
+    """The checked fields of one of the two networks."""
     # Older files have each section twice, and transformers lets the second win.
     values = (raw.get(section) or {}) | (raw.get(f"{section}_dict") or {})
-    names = (*sizes, "layer_norm_eps", "hidden_act")
-    given = {**defaults, **{name: values[name] for name in names if values.get(name) is not None}}
-    for name, most in sizes.items():
-        if name in given and (type(given[name]) is not int or not 1 <= given[name] <= most):
-            raise ValueError(f"{section}: {name}={given[name]!r} is not a whole number from 1 to {most}")
+    given = {**defaults, **checked_section(section, values, sizes, ["quick_gelu", "gelu"])}
     width, heads = given["hidden_size"], given["num_attention_heads"]
     if width % heads:
         raise ValueError(f"{section}: hidden_size={width} is not a multiple of {heads} heads")
-    eps = given.get("layer_norm_eps", 1e-5)
-    if type(eps) is not float or not 0 < eps < 1:
-        raise ValueError(f"{section}: layer_norm_eps={eps!r} is not a small number")
-    if given.get("hidden_act", "quick_gelu") not in ("quick_gelu", "gelu"):
-        kinds = "only 'quick_gelu' and 'gelu' are"
-        raise ValueError(f"{section}: hidden_act={given['hidden_act']!r} is not supported ({kinds})")
     return given
 
 

@@ -13,18 +13,8 @@ from torch import nn
 from minisd.errors import UsageError, WeightsError
 from minisd.model_files import read_header, read_json
 from minisd.strict_load import fill
-from minisd.vision_files import BLIP, WEIGHTS
+from minisd.vision_files import BLIP, TEXT_SIZES, VISION_SIZES, WEIGHTS, checked_section
 
-# The numbers of config.json that shape the network, and what bounds them: a billion layers, say, would be built for
-# ever before any weight is missed.
-_SIZES = {
-    "hidden_size": 16_384,
-    "intermediate_size": 65_536,
-    "num_hidden_layers": 128,
-    "num_attention_heads": 256,
-}
-_TEXT_SIZES = _SIZES | {"vocab_size": 1_000_000, "max_position_embeddings": 4_096}
-_VISION_SIZES = _SIZES | {"image_size": 2_048, "patch_size": 256}
 _MARKS = ("bos_token_id", "sep_token_id", "pad_token_id")  # what begins a caption, ends it, and fills it up
 _NO_REPEAT = 3  # words, or pieces of words, in a row that are not said twice
 
@@ -137,7 +127,7 @@ def blip_on_meta(raw: Mapping[str, Any]) -> Any:
     if raw.get("model_type") != "blip" or kinds != ["BlipForConditionalGeneration"]:
         got = f"a model of type {raw.get('model_type')!r}, {kinds!r}"
         raise ValueError(f"{got} is not supported (only a BLIP captioner is: 'blip', BlipForConditionalGeneration)")
-    text, vision = _section(raw, "text_config", _TEXT_SIZES), _section(raw, "vision_config", _VISION_SIZES)
+    text, vision = _section(raw, "text_config", TEXT_SIZES), _section(raw, "vision_config", VISION_SIZES)
     # What a file leaves out is as transformers has it.
     config = BlipConfig(text_config=text, vision_config=vision)
     for name in _MARKS:
@@ -155,19 +145,11 @@ def blip_on_meta(raw: Mapping[str, Any]) -> Any:
 
 
 def _section(raw: Mapping[str, Any], section: str, sizes: Mapping[str, int]) -> dict[str, Any]:
-    """The checked fields of one of the two networks; null counts as absent."""
+    """The checked fields of one of the two networks."""
     values = raw.get(section) or {}
-    given = {name: values[name] for name in (*sizes, "layer_norm_eps", "hidden_act") if values.get(name) is not None}
-    for name, most in sizes.items():
-        if name in given and (type(given[name]) is not int or not 1 <= given[name] <= most):
-            raise ValueError(f"{section}: {name}={given[name]!r} is not a whole number from 1 to {most}")
-    eps = given.get("layer_norm_eps", 1e-5)
-    if type(eps) is not float or not 0 < eps < 1:
-        raise ValueError(f"{section}: layer_norm_eps={eps!r} is not a small number")
-    if given.get("hidden_act", "gelu") != "gelu":
-        raise ValueError(f"{section}: hidden_act={given['hidden_act']!r} is not supported (only 'gelu' is)")
     marks = _MARKS if section == "text_config" else ()
-    return given | {name: values[name] for name in marks if values.get(name) is not None}
+    given = {name: values[name] for name in marks if values.get(name) is not None}
+    return checked_section(section, values, sizes, ["gelu"]) | given
 
 
 def _fill(network: Any, folder: Path, dtype: torch.dtype, device: torch.device | str) -> None:
